@@ -1,0 +1,61 @@
+"""Pretrain a backbone: ``pretrain.py [RECIPE] [--data SHARDS] [--run-dir DIR] [--field value ...]``."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from raydc.config import Config, RunError, UsageError
+from raydc.recipes import RECIPES
+
+ROWS = (("raw pixels", "_pixels"), ("random init", "_random"), ("trained", ""))
+COLUMNS = (("nmi_labels", "NMI at k"), ("nmi_classes", "NMI classes"), ("knn_top1", "20-NN"), ("linear_top1", "linear probe"))
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    recipes = {name: make() for name, make in RECIPES.items()}
+    descriptions = {name: make.__doc__ for name, make in RECIPES.items()}
+    choice = tyro.extras.subcommand_type_from_defaults(recipes, descriptions, prefix_names=False)
+    return tyro.cli(
+        choice,
+        default=recipes["digits"],
+        args=arguments,
+        description=__doc__,
+        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes)[:1],
+    )
+
+
+def table(result: dict) -> str:
+    """Raw pixels, random init and trained features, one row each."""
+    lines = ["", f"{'':<12}" + "".join(f"{title:>14}" for _, title in COLUMNS)]
+    for title, suffix in ROWS:
+        values = [result["metrics"].get(key + suffix) for key, _ in COLUMNS]
+        lines.append(f"{title:<12}" + "".join(f"{'-' if v is None else f'{v:.3f}':>14}" for v in values))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    try:
+        config = parse()
+        from raydc.deepcluster import pretrain  # not before the command line is understood: it imports torch and Ray
+
+        result = pretrain(config)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    print(table(result))
+    from raydc.storage import Folder
+
+    print(Folder(config.run_dir or f"runs/{config.recipe}").uri + "/result.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

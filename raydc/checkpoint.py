@@ -1,0 +1,174 @@
+"""What a run leaves behind and comes back to: the two commit points of an epoch, and the backbone for everyone else.
+
+After cluster, the assignment is committed, stamped with a hash of the weights it came from; after train, model and
+optimizer. Files are written beside and renamed, older ones are deleted only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from torch import nn
+
+from raydc import config as configs
+from raydc.clustering.assignment import Assignment
+from raydc.config import ModelConfig, RunError, UsageError
+from raydc.models.backbone import Backbone
+from raydc.storage import Folder
+
+KEEP_STATES = 2
+KEEP_ALL_ASSIGNMENTS = 1_000_000  # images; above it only the last KEEP_ASSIGNMENTS stay
+KEEP_ASSIGNMENTS = 5
+BACKBONE = "backbone.safetensors"
+
+
+@dataclass
+class TrainState:
+    """What survives from epoch to epoch. ``epoch`` counts the epochs that are done."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+
+    def remaining(self, epochs: int) -> Iterator[int]:
+        """Epochs still to be trained; counts on as each is done."""
+        for epoch in range(self.epoch, epochs):
+            yield epoch
+            self.epoch = epoch + 1
+
+
+def name(epoch: int) -> str:
+    return f"epoch_{epoch:04d}"
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Of every parameter and saved buffer, bit by bit."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(folder: Folder, path: str, data: bytes) -> None:
+    try:
+        folder.write(path, data)
+    except OSError as error:
+        raise RunError(
+            f"{folder.uri}/{path} could not be written ({error.strerror or error}); what was committed before is intact: "
+            "free some space and give the same command again"
+        ) from None
+
+
+# --- model and optimizer ------------------------------------------------------------------------------------------------
+
+
+def save_state(folder: Folder, state: TrainState, epoch: int) -> None:
+    """Commit the end of ``epoch``; ``checkpoints/epoch_0007/state.pt`` loads with ``weights_only=True``."""
+    buffer = io.BytesIO()
+    values = {"epoch": epoch + 1, "model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    torch.save(values, buffer)
+    _write(folder, f"checkpoints/{name(epoch)}/state.pt", buffer.getvalue())
+    for old in _states(folder)[:-KEEP_STATES]:
+        folder.delete_folder(f"checkpoints/{old}")
+
+
+def _states(folder: Folder) -> list[str]:
+    return [one for one in folder.names("checkpoints") if folder.exists(f"checkpoints/{one}/state.pt")]
+
+
+def load_state(folder: Folder, state: TrainState) -> None:
+    """Bring ``state`` to the last commit; leaves it alone where there is none."""
+    committed = _states(folder)
+    if not committed:
+        return
+    data = folder.read(f"checkpoints/{committed[-1]}/state.pt")
+    values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    state.model.load_state_dict(values["model"])
+    state.optimizer.load_state_dict(values["optimizer"])
+    state.epoch = values["epoch"]
+
+
+# --- assignments --------------------------------------------------------------------------------------------------------
+
+
+def save_assignment(folder: Folder, assignment: Assignment) -> None:
+    """Commit a clustering: image_id, cluster, distance as Parquet; centroids in a file of their own, written first."""
+    stem = f"assignments/{name(assignment.epoch)}"
+    centroids = {"centroids": torch.from_numpy(assignment.centroids)}
+    _write(folder, f"{stem}.centroids.safetensors", safetensors.torch.save(centroids))
+    ids = np.arange(len(assignment.pseudo_labels))
+    table = pa.table({"image_id": ids, "cluster": assignment.pseudo_labels, "distance": assignment.distances})
+    facts = {"objective": assignment.objective, "weights_hash": assignment.weights_hash, "epoch": assignment.epoch}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"raydc": json.dumps(facts)}), sink, compression="zstd")
+    _write(folder, f"{stem}.parquet", sink.getvalue())
+    if len(ids) > KEEP_ALL_ASSIGNMENTS:
+        _forget_assignments(folder)
+
+
+def _forget_assignments(folder: Folder) -> None:
+    epochs = sorted({one.split(".")[0] for one in folder.names("assignments") if one.endswith(".parquet")})
+    for old in epochs[:-KEEP_ASSIGNMENTS]:
+        folder.delete(f"assignments/{old}.parquet")
+        folder.delete(f"assignments/{old}.centroids.safetensors")
+
+
+def load_assignment(folder: Folder, epoch: int, weights_hash: str | None = None) -> Assignment | None:
+    """The committed clustering of an epoch; None where there is none, or where it came from other weights."""
+    stem = f"assignments/{name(epoch)}"
+    if not folder.exists(f"{stem}.parquet"):
+        return None
+    table = pq.read_table(folder.path(f"{stem}.parquet"), filesystem=folder.fs, partitioning=None)
+    facts = json.loads(table.schema.metadata[b"raydc"])
+    if weights_hash not in (None, facts["weights_hash"]):
+        return None
+    order = np.argsort(table["image_id"].to_numpy(), kind="stable")
+    return Assignment(
+        epoch=epoch,
+        pseudo_labels=table["cluster"].to_numpy()[order],
+        distances=table["distance"].to_numpy()[order],
+        centroids=safetensors.torch.load(folder.read(f"{stem}.centroids.safetensors"))["centroids"].numpy(),
+        objective=facts["objective"],
+        weights_hash=facts["weights_hash"],
+    )
+
+
+# --- the backbone, for anyone -------------------------------------------------------------------------------------------
+
+
+def save_backbone(folder: Folder, backbone: Backbone, config: configs.Config) -> None:
+    """Weights under torchvision's names; the metadata says everything needed to build the network again."""
+    metadata = {
+        "format": "raydc backbone 1",
+        "model": json.dumps(configs.to_dict(config.model)),
+        "input_size": str(config.images.size),
+        "resize": str(config.images.resize),
+        "feature_dim": str(backbone.feature_dim),
+        "recipe": config.recipe,
+    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    _write(folder, BACKBONE, safetensors.torch.save(tensors, metadata))
+
+
+def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[str, str]]:
+    """The network of a run directory (or of any such file) and its metadata; UsageError if it is not one of ours."""
+    if not folder.exists(file):
+        raise UsageError(f"{folder.uri} holds no {file}; give the run directory of a finished run")
+    data = folder.read(file)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    if "model" not in metadata:
+        raise UsageError(f"{folder.uri}/{file} does not say its architecture; give a file that raydc wrote")
+    backbone = Backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))
+    backbone.load_state_dict(safetensors.torch.load(data), strict=True)
+    return backbone, metadata

@@ -1,0 +1,45 @@
+"""The outcome of a clustering: a pseudo-label for each image_id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+UNREADABLE = -1  # the pseudo-label of an image whose features could not be had; it is never drawn
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Arrays are indexed by image_id (N,) or by cluster (k, ...).
+
+    Attributes:
+        epoch: the epoch that trains on it.
+        pseudo_labels: int32 (N,), -1 where the image was unreadable.
+        distances: float32 (N,), squared L2 to the own centroid.
+        centroids: float32 (k, d), in the space that was clustered.
+        objective: sum of ``distances``.
+        weights_hash: hash of the weights whose features these are.
+        seconds: how long the phase's parts took.
+    """
+
+    epoch: int
+    pseudo_labels: np.ndarray
+    distances: np.ndarray
+    centroids: np.ndarray
+    objective: float
+    weights_hash: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 (k,): images in each cluster."""
+        return np.bincount(self.pseudo_labels[self.pseudo_labels >= 0], minlength=self.num_clusters)
+
+    @property
+    def num_empty_clusters(self) -> int:
+        return int((self.sizes == 0).sum())

@@ -1,0 +1,45 @@
+"""Is this clustering healthy? Counts, agreement with other partitions, and a verdict with its remedy."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.metrics import normalized_mutual_info_score
+
+from raydc.clustering.assignment import Assignment
+
+
+def nmi(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Normalised mutual information, geometric mean (paper section 4.1); rows where either is negative are left out."""
+    known = (a >= 0) & (b >= 0)
+    if not known.any():
+        return None
+    return float(normalized_mutual_info_score(a[known], b[known], average_method="geometric"))
+
+
+def health(assignment: Assignment) -> dict:
+    """Counts of the clusters: empty ones, singletons, the largest one's share, and the effective number (exp entropy)."""
+    sizes = assignment.sizes
+    share = sizes[sizes > 0] / max(sizes.sum(), 1)
+    return {
+        "num_clusters": assignment.num_clusters,
+        "num_empty_clusters": assignment.num_empty_clusters,
+        "num_singletons": int((sizes == 1).sum()),
+        "largest_cluster": float(share.max()),
+        "effective_clusters": float(np.exp(-(share * np.log(share)).sum())),
+        "objective": assignment.objective,
+    }
+
+
+def verdict(counts: dict, num_images: int) -> str | None:
+    """One sentence and its remedy where the clustering looks ill, else None."""
+    k = counts["num_clusters"]
+    if counts["largest_cluster"] > 0.5:
+        return (
+            f"one cluster holds {counts['largest_cluster']:.0%} of the images: the features have collapsed; "
+            "lower train.lr or add augmentation"
+        )
+    if counts["num_empty_clusters"] > 0.2 * k:
+        return f"{counts['num_empty_clusters']} of {k} clusters are empty; lower clustering.num_clusters"
+    if num_images < 5 * k:
+        return f"{num_images} images make {k} clusters of fewer than 5; lower clustering.num_clusters"
+    return None

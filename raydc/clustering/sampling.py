@@ -1,0 +1,79 @@
+"""Which images an epoch trains on, and how often: uniform over non-empty clusters (paper section 3, "trivial
+parametrization"), so that a giant cluster does not become the only lesson."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raydc.seeding import derive, uniforms
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """counts: int32 (N,), draws of each image_id in this epoch. Its sum is a multiple of the global batch."""
+
+    counts: np.ndarray
+    seed: int
+
+    @property
+    def num_draws(self) -> int:
+        return int(self.counts.sum(dtype=np.int64))
+
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """(image_ids, draw numbers), one entry a draw, in the epoch's order.
+
+        The draws of an image are spread evenly: its c draws take one slot in each c-th of the epoch, so a cluster of
+        one cannot fill a batch with its only image.
+        """
+        image_ids = np.repeat(np.arange(len(self.counts)), self.counts)
+        first = np.cumsum(self.counts, dtype=np.int64) - self.counts
+        draws = np.arange(len(image_ids)) - np.repeat(first, self.counts)
+        jitter = uniforms(derive(self.seed, "slot"), image_ids, draws)[:, 0]
+        order = np.argsort((draws + jitter) / self.counts[image_ids], kind="stable")
+        return image_ids[order], draws[order]
+
+
+def plan_length(num_images: int, multiple: float, batch_size: int) -> int:
+    """Draws of an epoch: ``multiple`` times the images, rounded to whole global batches (at least one)."""
+    return max(1, round(multiple * num_images / batch_size)) * batch_size
+
+
+def uniform_plan(pseudo_labels: np.ndarray, num_clusters: int, length: int, seed: int) -> SamplingPlan:
+    """Draws per non-empty cluster within one of each other, and within a cluster draws per image within one of each other.
+
+    (The original means this and does not do it: protocol 1a, index mismatch.) Images labelled -1 are never drawn.
+    """
+    ids = np.flatnonzero(pseudo_labels >= 0)
+    labels = pseudo_labels[ids]
+    sizes = np.bincount(labels, minlength=num_clusters)
+    quotas = _share(length, np.flatnonzero(sizes), num_clusters, derive(seed, "clusters"))
+    rank = _rank_in_cluster(labels, sizes, uniforms(derive(seed, "images"), ids)[:, 0])
+    size, quota = sizes[labels], quotas[labels]
+    counts = np.zeros(len(pseudo_labels), np.int32)
+    counts[ids] = quota // size + (rank < quota % size)
+    return SamplingPlan(counts, seed)
+
+
+def plain_plan(pseudo_labels: np.ndarray, length: int, seed: int) -> SamplingPlan:
+    """Every readable image equally often, within one."""
+    return uniform_plan(np.where(pseudo_labels >= 0, 0, -1), 1, length, seed)
+
+
+def _share(total: int, clusters: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+    """``total`` split over ``clusters``; who gets one more is drawn anew each epoch."""
+    quotas = np.zeros(num_clusters, np.int64)
+    quotas[clusters] = total // len(clusters)
+    lucky = np.argsort(uniforms(seed, clusters)[:, 0], kind="stable")[: total % len(clusters)]
+    quotas[clusters[lucky]] += 1
+    return quotas
+
+
+def _rank_in_cluster(labels: np.ndarray, sizes: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Position of each row among its cluster's rows, ordered by ``key`` in [0, 1)."""
+    order = np.argsort(labels + key, kind="stable")
+    start = np.cumsum(sizes) - sizes
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - start[labels[order]]
+    return rank

@@ -1,0 +1,69 @@
+"""PCA, whitening and L2 from sums that workers can add up (protocol 1a; faiss.PCAMatrix up to the sign of a direction).
+
+N images, D feature dimensions, d kept dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Directions that carry less than this share of the strongest one's variance are noise (dead units); whitening would blow
+# them up, so they are set to zero. float32 features resolve about 1e-7 of it.
+NEGLIGIBLE = 1e-7
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over rows of a feature matrix; float64, so that adding rank by rank is exact enough for a PCA."""
+
+    count: int
+    total_D: np.ndarray
+    gram_DD: np.ndarray
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total_D + other.total_D, self.gram_DD + other.gram_DD)
+
+
+def moments(features_ND: np.ndarray, rows: int = 16384) -> Moments:
+    """Sums of the rows and of their outer products, ``rows`` at a time."""
+    dim = features_ND.shape[1]
+    total, gram = np.zeros(dim), np.zeros((dim, dim))
+    for start in range(0, len(features_ND), rows):
+        block = features_ND[start : start + rows].astype(np.float64)
+        total += block.sum(0)
+        gram += block.T @ block
+    return Moments(len(features_ND), total, gram)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """x -> L2((x - mean) @ matrix), float32."""
+
+    mean_D: np.ndarray
+    matrix_Dd: np.ndarray
+    num_negligible: int = 0
+
+    def __call__(self, features_ND: np.ndarray) -> np.ndarray:
+        reduced = (features_ND - self.mean_D) @ self.matrix_Dd
+        return l2(reduced)
+
+
+def l2(features: np.ndarray) -> np.ndarray:
+    """Rows of length one; 1e-10 keeps a zero row at zero (protocol 1a, MS0's epsilon)."""
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-10)
+
+
+def fit_whitening(sums: Moments, dim: int, whiten: bool = True) -> Whitening:
+    """The ``dim`` strongest principal directions; with ``whiten`` each is divided by its standard deviation."""
+    mean = sums.total_D / sums.count
+    covariance = sums.gram_DD / sums.count - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance)
+    order = np.argsort(values)[::-1][: min(dim, len(values))]
+    values, vectors = values[order], vectors[:, order]
+    # The largest entry of a direction is positive, so that the outcome does not hang on the LAPACK at hand.
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
+    useful = values > max(values[0], 0) * NEGLIGIBLE
+    scale = np.where(useful, 1 / np.sqrt(np.where(useful, values, 1)) if whiten else 1.0, 0.0)
+    return Whitening(mean.astype(np.float32), (vectors * scale).astype(np.float32), int((~useful).sum()))

@@ -1,0 +1,143 @@
+"""Images decoded once into one array, and the two views of it: every image once, and what the plan says.
+
+No Ray here: launch puts the array into the object store, where all workers of a node read the same copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raydc.clustering.sampling import SamplingPlan
+from raydc.config import ImagesConfig
+from raydc.data import shards, transforms
+from raydc.data.decode import decode
+from raydc.data.schema import Manifest
+from raydc.storage import Folder
+
+EXTRACT_BATCH = 256  # images; a multiple of what CPUs and GPUs like, small enough for a laptop
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArray:
+    """All images of a split, by image_id: RGB uint8, row-major (H, W, 3), one after the other.
+
+    ``pixels`` (bytes,), ``offsets`` int64 (N,), ``heights`` and ``widths`` int64 (N,).
+    """
+
+    pixels: np.ndarray
+    offsets: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def is_uniform(self) -> bool:
+        return len(np.unique(self.heights)) == 1 and len(np.unique(self.widths)) == 1
+
+    def one(self, image_id: int) -> np.ndarray:
+        """(H, W, 3), a view."""
+        height, width, start = self.heights[image_id], self.widths[image_id], self.offsets[image_id]
+        return self.pixels[start : start + height * width * 3].reshape(height, width, 3)
+
+    def stack(self, image_ids: np.ndarray) -> np.ndarray:
+        """(B, H, W, 3), a copy; only where all images have one size."""
+        return self.pixels.reshape(len(self), self.heights[0], self.widths[0], 3)[image_ids]
+
+
+def estimate_bytes(folder: Folder, manifest: Manifest, split: str, cache_size: int) -> int:
+    """Bytes of the decoded split, from the images of its first shard."""
+    first = manifest.splits[split].files[0]
+    images = shards.read_shard(folder, first.name, ["image"])["image"]
+    sample = images[:64].to_pylist()
+    each = np.mean([np.prod(_kept_shape(decode(data).shape, cache_size)) * 3 for data in sample])
+    return int(each * manifest.splits[split].rows)
+
+
+def decode_split(folder: Folder, manifest: Manifest, split: str, cache_size: int = 0) -> ImageArray:
+    """Decode a whole split, on all CPUs of this machine (decoders release the GIL)."""
+    rows = manifest.splits[split].rows
+    heights, widths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    blocks: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file in manifest.splits[split].files:
+            table = shards.read_shard(folder, file.name, ["image_id", "image"])
+            ids = table["image_id"].to_numpy()
+            images = list(pool.map(lambda data: _kept(decode(data), cache_size), table["image"].to_pylist()))
+            heights[ids], widths[ids] = [i.shape[0] for i in images], [i.shape[1] for i in images]
+            blocks.append((ids, images))
+    offsets = np.cumsum(heights * widths * 3) - heights * widths * 3
+    array = ImageArray(np.empty(int((heights * widths * 3).sum()), np.uint8), offsets, heights, widths)
+    while blocks:  # each block is let go once it is copied
+        for image_id, image in zip(*blocks.pop(), strict=True):
+            array.one(image_id)[:] = image
+    return array
+
+
+def _kept_shape(shape: tuple[int, ...], cache_size: int) -> tuple[int, int]:
+    height, width = shape[:2]
+    if not 0 < cache_size < min(height, width):
+        return height, width
+    scale = cache_size / min(height, width)
+    return max(round(height * scale), cache_size), max(round(width * scale), cache_size)
+
+
+def _kept(pixels_HWC: np.ndarray, cache_size: int) -> np.ndarray:
+    """The image at the cache's size; never enlarged."""
+    shape = _kept_shape(pixels_HWC.shape, cache_size)
+    if shape == pixels_HWC.shape[:2]:
+        return pixels_HWC
+    image = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+    return transforms.TF.resize(image, list(shape), antialias=True).permute(1, 2, 0).numpy()
+
+
+def cut(images: list[np.ndarray], boxes: np.ndarray, flips, size: int, pool: ThreadPoolExecutor) -> torch.Tensor:
+    """Crops of images of any sizes: uint8 (B, 3, size, size)."""
+    crops = torch.stack(list(pool.map(lambda image, box: transforms.crop_one(image, box, size), images, boxes)))
+    if flips is not None and flips.any():
+        crops[torch.from_numpy(flips)] = crops[torch.from_numpy(flips)].flip(3)
+    return crops
+
+
+class CachedImages:
+    """Both views of a cached train split (and the plain view of others) for one worker of ``world_size``."""
+
+    def __init__(self, arrays: dict[str, ImageArray], config: ImagesConfig, *, rank: int, world_size: int, device, threads: int):
+        self.arrays, self.config = arrays, config
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.pool = ThreadPoolExecutor(threads)
+
+    def extract(self, split: str, image_ids: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """(image_ids, pixels (B, 3, S, S)) of this rank's contiguous slice of the ids; rows of all ranks are all ids."""
+        ids = np.arange(len(self.arrays[split])) if image_ids is None else image_ids
+        mine = ids[len(ids) * self.rank // self.world_size : len(ids) * (self.rank + 1) // self.world_size]
+        for start in range(0, len(mine), EXTRACT_BATCH):
+            batch = mine[start : start + EXTRACT_BATCH]
+            array = self.arrays[split]
+            boxes = transforms.centre_boxes(self.config, array.heights[batch], array.widths[batch])
+            yield batch, self._crops(array, batch, boxes, None)
+
+    def train(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """This rank's part of every global batch of the plan: (image_ids, augmented pixels (B, 3, S, S))."""
+        image_ids, draws = plan.draws()
+        part, array = batch_size // self.world_size, self.arrays["train"]
+        for start in range(self.rank * part, len(image_ids), batch_size):
+            ids, numbers = image_ids[start : start + part], draws[start : start + part]
+            augmentation = transforms.draw_augmentation(
+                self.config, seed, ids, numbers, array.heights[ids], array.widths[ids]
+            )
+            crops = self._crops(array, ids, augmentation.box, augmentation.flip)
+            yield ids, transforms.augment(crops, augmentation, self.config)
+
+    def _crops(self, array: ImageArray, ids: np.ndarray, boxes: np.ndarray, flips) -> torch.Tensor:
+        if array.is_uniform and array.heights[0] * array.widths[0] <= 96 * 96:
+            pixels = torch.from_numpy(array.stack(ids)).to(self.device)
+            return transforms.crop_batch(pixels, boxes, flips, self.config.size)
+        return cut([array.one(i) for i in ids], boxes, flips, self.config.size, self.pool).to(self.device)

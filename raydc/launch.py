@@ -1,0 +1,367 @@
+"""From a plain function to workers on a cluster; knows no algorithm.
+
+Attaches to Ray (or starts it here), checks that what the run needs is there, hands a loop to TorchTrainer, carries the
+workers' words to the console, and starts again from the last commit point when a worker dies.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Before Ray is imported: local workers are started with this very interpreter (not through `uv run`, which would build
+# the environment again for each job), and compete with nobody at a lower priority.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer
+from tqdm import tqdm
+
+from raydc.clustering.bank import CoverageError
+from raydc.config import RunError, UsageError
+from raydc.storage import Folder
+
+SPARE_CPUS = 2  # beside the workers': one for the bank, one for data tasks, without which Ray Data would wait forever
+
+
+# --- the cluster --------------------------------------------------------------------------------------------------------
+
+
+def attach(num_workers: int, verbose: bool = False) -> None:
+    """Join the cluster of this job (RAY_ADDRESS), or start Ray on this machine; a Ray already there is used as it is."""
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": "INFO" if verbose else "ERROR", "log_to_driver": verbose}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **quiet)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this process reaches a local Ray
+    # Never a bare init(): it would try the address that a cluster which is gone left behind, for two minutes.
+    ray.init(address="local", num_cpus=num_workers + SPARE_CPUS, include_dashboard=False, **quiet)
+
+
+def choose_gpu(asked: str, num_workers: int) -> bool:
+    """Whether each worker takes a GPU; UsageError where they are asked for and missing."""
+    available = torch.cuda.device_count() if num_workers == 0 else int(ray.cluster_resources().get("GPU", 0))
+    if asked == "yes" and available < max(1, num_workers):
+        raise UsageError(
+            f"--use-gpu yes with {num_workers} workers needs {max(1, num_workers)} GPUs and {available} are there; lower "
+            "--num-workers or give --use-gpu no"
+        )
+    return asked != "no" and available >= max(1, num_workers)
+
+
+def check_resources(num_workers: int, run_dir: Folder) -> None:
+    """Say at once what is missing, instead of waiting for it."""
+    need, have = num_workers + SPARE_CPUS, int(ray.cluster_resources().get("CPU", 0))
+    if have < need:
+        raise UsageError(
+            f"{num_workers} workers need {need} CPUs (one each, one for the bank, one for data) and the cluster has {have}; "
+            "lower --num-workers or add nodes"
+        )
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and run_dir.is_local and not os.environ.get("RAYDC_SHARED_RUN_DIR"):
+        raise UsageError(
+            f"the cluster has {nodes} nodes and --run-dir {run_dir.uri} is a path of one of them; give an s3:// or gs:// "
+            "URI, or set RAYDC_SHARED_RUN_DIR=1 if every node mounts that path"
+        )
+
+
+class Shared:
+    """A value put into the object store once; each node keeps one copy that its workers read in place."""
+
+    def __init__(self, value: Any, *, local: bool) -> None:
+        self._value = value if local else None
+        self._refs = [] if local else [value if isinstance(value, ray.ObjectRef) else ray.put(value)]
+
+    def get(self) -> Any:
+        return ray.get(self._refs[0]) if self._refs else self._value
+
+
+class Remote:
+    """One object, in this process or as an actor, with the same methods either way.
+
+    ``remote.method(...)`` waits for the result; ``remote.send("method", ...)`` does not, but lets only a few calls be
+    under way; ``flush`` waits for those. An actor that died comes back empty: CoverageError.
+    """
+
+    MOST_UNDER_WAY = 4
+
+    def __init__(self, cls: type, *args, local: bool, num_cpus: float = 1, num_gpus: float = 0, **kwargs) -> None:
+        self._pending: list = []
+        if local:
+            self._object, self._actor = cls(*args, **kwargs), None
+        else:
+            options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": 3, "max_task_retries": 1}
+            self._object, self._actor = None, ray.remote(cls).options(**options).remote(*args, **kwargs)
+
+    def __getattr__(self, method: str) -> Callable:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        if self._actor is None:
+            return getattr(self._object, method)
+        return lambda *args, **kwargs: self._get(getattr(self._actor, method).remote(*args, **kwargs))
+
+    def send(self, method: str, *args) -> None:
+        if self._actor is None:
+            getattr(self._object, method)(*args)
+            return
+        self._pending.append(getattr(self._actor, method).remote(*args))
+        if len(self._pending) >= self.MOST_UNDER_WAY:
+            self._get(self._pending.pop(0))
+
+    def flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for ref in pending:
+            self._get(ref)
+
+    @staticmethod
+    def _get(ref):
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayActorError:
+            raise CoverageError("the bank's process died and lost its features; extract again") from None
+
+
+# --- what workers say ---------------------------------------------------------------------------------------------------
+
+
+class Board:
+    """Messages on their way from workers to the driver's console."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Any]] = []
+
+    def post(self, kind: str, value: Any) -> None:
+        self.messages.append((kind, value))
+
+    def take(self) -> list[tuple[str, Any]]:
+        taken, self.messages = self.messages, []
+        return taken
+
+
+class Console:
+    """Lines and one progress bar with its ETA, from the board to the terminal."""
+
+    def __init__(self, board: Remote, poll_s: float = 0.2) -> None:
+        self.board, self.poll_s = board, poll_s
+        self.bar: tqdm | None = None
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Console:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop.set()
+        self.thread.join(timeout=5)
+        if self.bar is not None:
+            self.bar.close()
+
+    def _run(self) -> None:
+        while True:
+            last = self.stop.wait(self.poll_s)
+            try:
+                messages = self.board.take()
+            except Exception:  # the cluster is going down, and with it the last words
+                return
+            for kind, value in messages:
+                self._show(kind, value)
+            if last:
+                return
+
+    def _show(self, kind: str, value: Any) -> None:
+        if kind == "line":
+            tqdm.write(value)
+            sys.stdout.flush()
+            return
+        done, total, what = value
+        if self.bar is None:
+            self.bar = tqdm(
+                total=total, unit="img", unit_scale=True, dynamic_ncols=True, leave=False, initial=done, disable=None
+            )
+        self.bar.set_description(what, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+# --- a worker -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """What a loop knows of its place: rank, world_size, device, and how to speak with the others and the driver."""
+
+    board: Remote
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def here(cls, board: Remote, use_gpu: bool) -> Worker:
+        context = ray.train.get_context()
+        device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+        sizes = context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
+        return cls(board, *sizes, device=device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.is_first:
+            self.board.send("post", "line", text)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        if self.is_first:
+            self.board.send("post", "progress", (done, total, what))
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (small), on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def all_agree(self, good: bool) -> bool:
+        """Whether it is true on every rank."""
+        if self.world_size == 1:
+            return good
+        flag = torch.tensor(int(good), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def mean(self, value: float) -> float:
+        """Mean over the ranks."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item() / self.world_size
+
+    def report(self, metrics: dict, folder: Folder, path: str) -> None:
+        """A barrier for all workers that tells Ray (and Tune) of the metrics and of the checkpoint rank 0 has written."""
+        checkpoint = None
+        if self.is_first:
+            checkpoint = ray.train.Checkpoint(folder.path(path), filesystem=folder.fs)
+        mode = ray.train.CheckpointUploadMode.NO_UPLOAD
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+
+
+# --- fit ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a loop is given; it travels to every worker."""
+
+    config: Any
+    run_dir: Folder
+    board: Remote
+    streams: Any
+    bank: Remote | None
+    extras: dict
+    began: float
+
+
+def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool, max_failures: int = 3, callbacks=()):
+    """Run ``loop(job)`` on every worker; what rank 0 returns. RunError when it cannot go on.
+
+    A dead worker ends the group, and a new group starts from what the run directory holds, ``max_failures`` times. An
+    error the loop raised itself with a remedy (RunError, UsageError) is final.
+    """
+    for attempt in range(max_failures + 1):
+        try:
+            with Console(job.board):
+                return _trainer(loop, job, num_workers, use_gpu, callbacks).fit().return_value
+        except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError) as error:
+            final = _sentence(error)
+            if final is not None:
+                raise final from None
+            cause = _cause(error)
+            if attempt == max_failures:
+                raise RunError(
+                    f"workers died {attempt + 1} times, the last time of: {cause}; the same command goes on from the last "
+                    "commit point (--verbose shows all of Ray's log)"
+                ) from None
+            print(f"a worker died ({cause}); starting again from the last commit point", flush=True)
+
+
+def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> TorchTrainer:
+    resources = {"CPU": 1}
+    if use_gpu:
+        spare = ray.cluster_resources().get("GPU", 0) - num_workers if num_workers else 0
+        resources["GPU"] = 1 if spare >= 1 else 1 - job.config.bank.num_gpus
+    # Ray keeps its own notes on a run; ours are enough to go on, so its are thrown away with each start's name.
+    run_config = ray.train.RunConfig(
+        name=f"start_{int(time.time() * 1000)}",
+        storage_path=job.run_dir.path("ray"),
+        storage_filesystem=job.run_dir.fs,
+        callbacks=list(callbacks),
+        logging_config=ray.train.LoggingConfig("INFO" if job.config.verbose else "CRITICAL"),
+    )
+    return TorchTrainer(
+        loop,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources if num_workers else None
+        ),
+        run_config=run_config,
+        datasets=job.streams.datasets,
+        dataset_config=job.streams.data_config,
+    )
+
+
+def _failures(error: Exception) -> list[BaseException]:
+    found: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
+    for one in list(found):
+        found += [inner for inner in (getattr(one, "cause", None), one.__cause__) if isinstance(inner, BaseException)]
+    return found
+
+
+def _sentence(error: Exception) -> Exception | None:
+    """The loop's own RunError or UsageError among what the workers died of."""
+    return next((one for one in _failures(error) if isinstance(one, RunError | UsageError)), None)
+
+
+def _cause(error: Exception) -> str:
+    lines = [line.strip() for line in str(_failures(error)[0]).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("raydc", "torch", "torchvision", "ray", "faiss-gpu", "numpy", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+

@@ -1,0 +1,38 @@
+"""Random numbers that depend on what they are for, never on who draws them or when.
+
+Every seed is derived from (seed, purpose, ...); numbers for images come from (seed, epoch, image_id, draw) through a
+counter-based hash, so any worker, in any order, draws the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def derive(seed: int, *purpose: int | str) -> int:
+    """A 63-bit seed for one purpose, e.g. ``derive(config.seed, "kmeans", epoch)``."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection whose output bits look independent."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(seed: int, image_ids: np.ndarray, draws: np.ndarray | int = 0, num: int = 1) -> np.ndarray:
+    """Numbers in [0, 1), float64 of shape (len(image_ids), num), a pure function of (seed, image_id, draw, column)."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.asarray(image_ids).astype(np.uint64) * _GOLDEN + np.uint64(seed))
+        key = _mix(key + np.asarray(draws).astype(np.uint64) * _GOLDEN)
+        columns = np.arange(1, num + 1, dtype=np.uint64) * _GOLDEN
+        bits = _mix(key[:, None] + columns[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,198 @@
+"""The one inner step loop: precision, memory layout, accumulation, clipping, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raydc.config import RunError, TrainConfig
+from raydc.optim import learning_rate, set_learning_rate
+
+CHECK_EVERY = 50  # steps between two looks at the loss; each look waits for the device
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (Intel AMX or AVX-512 BF16, AMD Zen 4, ARM BF16)."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """fp32 or bf16, from the machine alone, never from a stopwatch: two runs on one machine choose alike."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device == "cuda" or has_fast_bf16() else "fp32"
+
+
+def choose_threads(asked: int, workers_on_node: int) -> int:
+    return asked or max(1, len(os.sched_getaffinity(0)) // max(1, workers_on_node))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the network is run on this machine."""
+
+    device: torch.device
+    precision: str
+    channels_last: bool
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def place(self, pixels: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return pixels.to(self.device, non_blocking=True, memory_format=layout)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+
+
+@dataclass
+class Clock:
+    """Seconds spent and seconds spent waiting for data in one pass, and the images it saw."""
+
+    began: float
+    waiting: float = 0.0
+    images: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def summary(self, world_size: int) -> dict[str, float]:
+        """``images_per_s`` counts all workers."""
+        seconds = self.seconds
+        return {
+            "seconds": round(seconds, 3),
+            "waiting_s": round(self.waiting, 3),
+            "images_per_s": round(self.images * world_size / max(seconds, 1e-9), 1),
+        }
+
+
+def timed(batches: Iterable, clock: Clock) -> Iterator:
+    """The same batches; the time it takes to get each one is waiting."""
+    iterator = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(iterator, None)
+        clock.waiting += time.perf_counter() - began
+        if batch is None:
+            return
+        clock.images += len(batch[0])
+        yield batch
+
+
+def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
+    """The same batches, made ahead in a thread; an error in the thread is raised where its batch would have come."""
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                if not put((batch, None)):
+                    return
+            put((None, None))
+        except BaseException as error:  # handed over, whatever it is
+            put((None, error))
+
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        stopped.set()
+
+
+@torch.inference_mode()
+def run_inference(model: nn.Module, batches: Iterable, compute: Compute, clock: Clock) -> Iterator:
+    """(image_ids, float32 outputs on the CPU) for each batch of (image_ids, pixels), in eval mode."""
+    model.eval()
+    for image_ids, pixels in timed(batches, clock):
+        with compute.autocast():
+            outputs = model(compute.place(pixels))
+        yield image_ids, outputs.float().cpu()
+
+
+def run_steps(
+    model: nn.Module,
+    batches: Iterable,
+    targets: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    compute: Compute,
+    *,
+    epoch: int,
+    num_steps: int,
+    clock: Clock,
+    on_step: Callable[[int], None],
+) -> float:
+    """Cross-entropy towards ``targets[image_id]``; the mean loss. RunError on a loss that is not finite."""
+    model.train()
+    total, window = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
+    step = 0
+    for step, (image_ids, pixels) in enumerate(timed(batches, clock), start=1):
+        set_learning_rate(optimizer, learning_rate(config, epoch + (step - 1) / num_steps))
+        labels = targets[torch.from_numpy(image_ids)].to(compute.device)
+        window += _one_step(model, pixels, labels, optimizer, config, compute)
+        if step % CHECK_EVERY == 0 or step == num_steps:
+            _check_finite(window.item(), epoch, step)
+            total, window = total + window, torch.zeros_like(window)
+        on_step(step)
+    if step != num_steps:
+        raise RunError(f"epoch {epoch} gave {step} steps where its plan has {num_steps}; the shards changed under the run")
+    return total.item() / num_steps
+
+
+def _one_step(model, pixels, labels, optimizer, config: TrainConfig, compute: Compute) -> torch.Tensor:
+    """Forward, backward over micro-batches, update. Gradients of ranks meet in the last micro-batch only."""
+    pieces = list(torch.arange(len(labels)).split(config.micro_batch or len(labels)))
+    loss_sum = torch.zeros((), device=compute.device)
+    optimizer.zero_grad(set_to_none=True)
+    for number, piece in enumerate(pieces, start=1):
+        whole = slice(None) if len(pieces) == 1 else piece.to(compute.device)
+        last = number == len(pieces) or not hasattr(model, "no_sync")
+        with contextlib.nullcontext() if last else model.no_sync():
+            with compute.autocast():
+                scores = model(compute.place(pixels[whole]))
+            loss = F.cross_entropy(scores.float(), labels[whole]) * (len(piece) / len(labels))
+            loss.backward()
+        loss_sum += loss.detach()
+    if config.clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    return loss_sum
+
+
+def _check_finite(loss: float, epoch: int, step: int) -> None:
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss is not finite in epoch {epoch}, step {step}; the checkpoint before it is kept: lower train.lr "
+            "(or set train.clip_norm) and start a new run directory"
+        )

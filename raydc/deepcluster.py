@@ -167,7 +167,7 @@ def report(run: Run, epoch: int, loss: float) -> None:
     if run.worker.is_first:
         metrics |= {key: run.journal.last("cluster", key) for key in ("nmi_previous", "nmi_labels", "num_empty_clusters")}
         metrics |= {key: run.journal.last("probe", key) for key in FIGURES if key != "nmi_labels"}
-    run.worker.report(metrics, run.folder, f"checkpoints/{checkpoint.name(epoch)}")
+    run.worker.report(metrics)
 
 
 def finish(run: Run) -> dict | None:

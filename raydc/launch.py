@@ -36,6 +36,7 @@ from raydc.clustering.bank import CoverageError
 from raydc.config import RunError, UsageError
 from raydc.storage import Folder
 
+RAY_NOTES = "ray"  # folder of the run directory that Ray Train uses while it runs
 SPARE_CPUS = 2  # beside the workers': one for the bank, one for data tasks, without which Ray Data would wait forever
 
 
@@ -262,13 +263,12 @@ class Worker:
         dist.all_reduce(total)
         return total.item() / self.world_size
 
-    def report(self, metrics: dict, folder: Folder, path: str) -> None:
-        """A barrier for all workers that tells Ray (and Tune) of the metrics and of the checkpoint rank 0 has written."""
-        checkpoint = None
-        if self.is_first:
-            checkpoint = ray.train.Checkpoint(folder.path(path), filesystem=folder.fs)
-        mode = ray.train.CheckpointUploadMode.NO_UPLOAD
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=mode)
+    def report(self, metrics: dict) -> None:
+        """A barrier for all workers that tells Ray (and, through its callback, Tune) of the metrics.
+
+        Checkpoints are the run directory's own: Ray takes none here, and none is left in its book-keeping.
+        """
+        ray.train.report(metrics)
 
 
 # --- fit ----------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,9 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
     for attempt in range(max_failures + 1):
         try:
             with Console(job.board):
-                return _trainer(loop, job, num_workers, use_gpu, callbacks).fit().return_value
+                result = _trainer(loop, job, num_workers, use_gpu, callbacks).fit().return_value
+            job.run_dir.delete_folder(RAY_NOTES)
+            return result
         except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError) as error:
             final = _sentence(error)
             if final is not None:
@@ -318,7 +320,7 @@ def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> Torc
     # Ray keeps its own notes on a run; ours are enough to go on, so its are thrown away with each start's name.
     run_config = ray.train.RunConfig(
         name=f"start_{int(time.time() * 1000)}",
-        storage_path=job.run_dir.path("ray"),
+        storage_path=job.run_dir.path(RAY_NOTES),
         storage_filesystem=job.run_dir.fs,
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig("INFO" if job.config.verbose else "CRITICAL"),

@@ -22,8 +22,8 @@ class Args:
     """Turn a source of images into Parquet shards, one folder a split (train, val), and a manifest.json."""
 
     src: Positional[str]
-    """A folder with a sub-folder for each class, a flat folder (no labels), a folder that holds train/ and val/ (or
-    test/), a list file ('path label' a line; a .csv with spaces is one), an iNaturalist .json, or the name digits."""
+    """A folder with a sub-folder for each class, a flat folder (no labels), a folder with train/ and val/
+    (or test/), a list file ('path label' a line), an iNaturalist .json, or the name digits."""
     dest: Positional[str]
     """Where the shards go: a new or empty folder, or any pyarrow filesystem URI (s3://, gs://, file://)."""
     val: str | None = None
@@ -31,7 +31,7 @@ class Args:
     root: str | None = None
     """The folder that paths in list and JSON files are relative to; default: the file's own folder."""
     val_fraction: float = 0.1
-    """Share of the images set aside as val where the source has none: seeded, class-balanced, rounded up; 0 = none."""
+    """Share of images set aside as val where SRC has none: seeded, class-balanced, rounded up; 0 = none."""
     short_side: int | None = None
     """Shrink images whose shorter side is above this many pixels; default: keep the files' own bytes."""
     rows_per_shard: int | None = None
@@ -41,7 +41,7 @@ class Args:
     expect: str | None = None
     """Row counts that must come out, such as train=1281167,val=50000; anything else is a failure."""
     max_unreadable: float = 0.01
-    """Share of unreadable images above which the job stops; up to it they are left out and listed in the manifest."""
+    """Share of unreadable images above which the job stops; up to it they are left out, and listed."""
     overwrite: bool = False
     """Replace the shards in DEST."""
     num_cpus: int | None = None
@@ -89,7 +89,9 @@ def summary(manifest: Manifest) -> str:
     lines.append(f"labels {len(manifest.classes):>11,} classes" if manifest.classes else "labels        none")
     lines += [f"note: {note}" for note in manifest.notes]
     changed = ", ".join(f"{reason} {count:,}" for reason, count in manifest.normalised.items())
-    lines.append(f"stored anew: {changed}" if changed else "stored anew: none, every image is kept byte for byte")
+    lines.append(
+        f"stored anew: {changed}" if changed else "stored anew: none, every image is kept byte for byte"
+    )
     return "\n".join(lines + _unreadable(manifest))
 
 

@@ -1,7 +1,7 @@
 """Encoded bytes to pixels, and what ingest makes of bytes that are no ordinary image.
 
-An ordinary JPEG goes through libjpeg-turbo (simplejpeg), which is 1.2 times as fast as Pillow and gives the same pixels;
-everything else goes through Pillow.
+An ordinary JPEG goes through libjpeg-turbo (simplejpeg), which is 1.2 times as fast as Pillow and gives the
+same pixels; everything else goes through Pillow.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error; half a gigabyte of RGB
 QUALITY = 95
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")  # EPS would run Ghostscript
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+)  # EPS would run Ghostscript
 LOSSY = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 ORIENTATION = 0x0112
 TIFF_MARKS = (b"II", b"MM")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
-EXIF_MARKS = (b"Exif\0\0", b"eXIf", b"EXIF", b"tiff:Orientation")  # JPEG, PNG, WebP, XMP
+JPEG_EXIF_MARKS = (b"Exif\0\0", b"tiff:Orientation")  # the second in XMP
+EXIF_MARKS = (*JPEG_EXIF_MARKS, b"eXIf", b"EXIF", b"profile type exif")  # PNG, WebP, ImageMagick's PNG
 
 # Pillow warns from half of MAX_PIXELS on; the limit here is MAX_PIXELS itself, and it is an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -34,8 +45,8 @@ class UnreadableImage(ValueError):
 def decode(data: bytes) -> np.ndarray:
     """Pixels as (H, W, 3) uint8 RGB; transparency is laid over white, 16 bits are scaled to 8.
 
-    The pixels are as stored: an EXIF rotation is not applied here, ``normalise`` has done so for images in shards.
-    Raises UnreadableImage.
+    The pixels are as stored: an EXIF rotation is not applied here, ``normalise`` has done so for images in
+    shards. Raises UnreadableImage.
     """
     pixels = _decode_jpeg(data)
     return _to_rgb(_open(data)) if pixels is None else pixels
@@ -44,8 +55,8 @@ def decode(data: bytes) -> np.ndarray:
 def normalise(data: bytes, short_side: int | None = None) -> tuple[bytes, list[str]]:
     """The bytes to store, and what was changed: nothing for an upright 8-bit RGB or grayscale JPEG or PNG.
 
-    Every image is decoded in full, so what comes back is readable. ``short_side`` (pixels) shrinks, never enlarges.
-    Raises UnreadableImage.
+    Every image is decoded in full, so what comes back is readable. ``short_side`` (pixels) shrinks, never
+    enlarges. Raises UnreadableImage.
     """
     pixels = None if _is_rotated(data) else _decode_jpeg(data)
     lossy, changes = True, []
@@ -90,7 +101,9 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(f"more pixels than the limit of {MAX_PIXELS:,}") from None
     except Image.UnidentifiedImageError:
         cut_off = data.startswith(MAGIC) or any(magic.startswith(data) for magic in MAGIC)
-        raise UnreadableImage("truncated" if cut_off else f"not an image (it starts with {data[:8]!r})") from None
+        raise UnreadableImage(
+            "truncated" if cut_off else f"not an image (it starts with {data[:8]!r})"
+        ) from None
     except Exception as error:  # noqa: BLE001 codecs raise whatever a wrong byte leads them to
         raise UnreadableImage(_reason(error)) from None
     return image
@@ -117,7 +130,9 @@ def _scaled_to_8_bits(image: Image.Image) -> np.ndarray:
     """Gray values 0..65535 to 0..255; Pillow's own conversion would clip them."""
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise UnreadableImage(f"pixels of {values.dtype} in no known range; convert the image to 8 bits first")
+        raise UnreadableImage(
+            f"pixels of {values.dtype} in no known range; convert the image to 8 bits first"
+        )
     gray = (values.astype(np.float32) / 257).round().astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
 
@@ -127,7 +142,9 @@ def _convert(data: bytes) -> tuple[np.ndarray, bool, list[str]]:
     image = _open(data)
     lossy, changes = image.format in LOSSY, _peculiarities(image, data)
     if not changes and image.format in ("JPEG", "MPO"):
-        changes = ["irregular-jpeg"]  # Pillow passes over faults that libjpeg warns of; stored anew, without them
+        changes = [
+            "irregular-jpeg"
+        ]  # Pillow passes over faults that libjpeg warns of; stored anew, without them
     if "exif-rotated" in changes:
         image = ImageOps.exif_transpose(image)
     return _to_rgb(image), lossy, changes
@@ -150,12 +167,13 @@ def _peculiarities(image: Image.Image, data: bytes) -> list[str]:
 
 
 def _is_rotated(data: bytes) -> bool:
-    """Whether the EXIF (or XMP) data ask for a rotation; a search of the bytes spares most images the parsing."""
-    if not data.startswith(TIFF_MARKS) and not any(mark in data for mark in EXIF_MARKS):
+    """Whether the EXIF or XMP data ask for a rotation; searching the bytes spares most images the parsing."""
+    marks = JPEG_EXIF_MARKS if data.startswith(b"\xff\xd8") else EXIF_MARKS
+    if not data.startswith(TIFF_MARKS) and not any(mark in data for mark in marks):
         return False
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(ORIENTATION, 1) in range(2, 9)
-    except Exception:  # noqa: BLE001 broken metadata ask for nothing; the pixels are judged when they are decoded
+    except Exception:  # noqa: BLE001 broken metadata ask for nothing; pixels are judged when decoded
         return False
 
 

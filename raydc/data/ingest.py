@@ -1,8 +1,9 @@
 """Many images to a shards folder: list, permute, then one task for each shard; the manifest comes last.
 
-Image ids must be dense although unreadable images drop out, and which these are is known only when all tasks are done.
-So a task writes each row with its place in the seeded permutation as image_id, and at the end the last rows move into
-the holes: only the last few shards are written again. Ids depend on the source and the seed, not on shards or workers.
+Image ids must be dense although unreadable images drop out, and which these are is known only when all tasks
+are done. So a task writes each row with its place in the seeded permutation as image_id, and at the end the
+last rows move into the holes: only the last few shards are written again. Ids depend on the source and the
+seed, not on shards or workers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What became of a chunk; ``unreadable`` maps places to (name, reason), ``file`` is None where no row was left."""
+    """A chunk when it is done; ``unreadable`` maps places to (name, reason); no row left: no ``file``."""
 
     split: str
     start: int
@@ -85,10 +86,11 @@ def make_shards(
 ) -> Manifest:
     """Turn SRC into Parquet shards below DEST (a local path or any pyarrow URI) and return their manifest.
 
-    ``expect`` maps splits to row counts. ``rows_per_shard`` None means about 64 MB, ``use_ray`` None means where it is
-    worth the start of its workers. ValueError for arguments that make no sense, IngestError where the images are at fault.
+    ``expect`` maps splits to row counts. ``rows_per_shard`` None means about 64 MB, ``use_ray`` None means
+    where it is worth the start of its workers. ValueError for arguments that make no sense, IngestError where
+    the images are at fault.
     """
-    _check_options(short_side, rows_per_shard, max_unreadable)
+    _check_options(max_unreadable, short_side=short_side, rows_per_shard=rows_per_shard, num_cpus=num_cpus)
     folder = Folder(dest)
     source = list_source(src, val=val, root=root, val_fraction=val_fraction, seed=seed)
     _check_expected({name: len(listing) for name, listing in source.splits.items()}, expect, f"{src} lists")
@@ -103,10 +105,14 @@ def make_shards(
     if not overwrite and folder.exists(MANIFEST):
         return _finished(folder, options, expect, progress)
     _clear(folder)
+    each = _runner(source, use_ray, num_cpus)
     chunks = _chunks(source, short_side, rows_per_shard, seed)
-    parts = _write_parts(folder, chunks, source, short_side, max_unreadable, expect, (use_ray, num_cpus), progress)
-    manifest = _manifest(folder, source, parts, options)
-    _check_expected({name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has")
+    written = each(_write_chunk, ((folder, chunk, short_side) for chunk in chunks))
+    parts = _collect(written, sum(map(len, source.splits.values())), max_unreadable, expect or {}, progress)
+    manifest = _manifest(folder, source, _close_gaps(folder, parts, each), options)
+    _check_expected(
+        {name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has"
+    )
     check_files(folder, manifest)  # a second run into the same folder would have removed them
     folder.write_json(MANIFEST, manifest.to_json())
     return manifest
@@ -115,8 +121,8 @@ def make_shards(
 # --- before the work
 
 
-def _check_options(short_side: int | None, rows_per_shard: int | None, max_unreadable: float) -> None:
-    for name, value in {"short_side": short_side, "rows_per_shard": rows_per_shard}.items():
+def _check_options(max_unreadable: float, **counts: int | None) -> None:
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give a positive number, or leave it out")
     if not 0 <= max_unreadable <= 1:
@@ -127,7 +133,9 @@ def _check_expected(found: dict[str, int], expect: dict[str, int] | None, where:
     for split, rows in (expect or {}).items():
         if found.get(split) != rows:
             counts = ", ".join(f"{name} {count:,}" for name, count in found.items())
-            raise IngestError(f"{where} {counts}, but {split} {rows:,} is expected; check that the source is complete")
+            raise IngestError(
+                f"{where} {counts}, but {split} {rows:,} is expected; check that the source is complete"
+            )
 
 
 def _listing_hash(source: Source) -> str:
@@ -141,33 +149,47 @@ def _listing_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _finished(folder: Folder, options: dict[str, Any], expect: dict[str, int] | None, progress: bool) -> Manifest:
+def _finished(
+    folder: Folder, options: dict[str, Any], expect: dict[str, int] | None, progress: bool
+) -> Manifest:
     """The manifest that is there, where it is of the same source and options; ValueError otherwise."""
     manifest = open_manifest(folder)
     mine, theirs = ({k: v for k, v in o.items() if k != "source"} for o in (options, manifest.options))
     if mine != theirs:
-        other = [f"{name} {theirs.get(name)}, not {value}" for name, value in mine.items() if theirs.get(name) != value]
-        other = [text for text in other if not text.startswith("listing")] or ["other images, names or labels"]
+        other = [
+            f"{name} {theirs.get(name)}, not {value}"
+            for name, value in mine.items()
+            if theirs.get(name) != value
+        ]
+        other = [text for text in other if not text.startswith("listing")] or [
+            "other images, names or labels"
+        ]
         raise ValueError(f"{folder.uri} holds shards of {'; '.join(other)}; give --overwrite or another DEST")
-    _check_expected({name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has")
+    _check_expected(
+        {name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has"
+    )
     if progress:
         print(f"{folder.uri} holds these shards already; nothing to do", file=sys.stderr)
     return manifest
 
 
 def _clear(folder: Folder) -> None:
-    """Remove a manifest first, then the shards of a former or interrupted run; ValueError if anything else is there."""
+    """Remove the manifest, then the shards of a former or interrupted run; ValueError for any other file."""
     foreign = [name for name in folder.names() if name not in (*SPLITS, MANIFEST)]
     stale = [f"{split}/{name}" for split in SPLITS for name in folder.names(split)]
     foreign += [name for name in stale if not PART.fullmatch(name.partition("/")[2])]
     if foreign:
-        raise ValueError(f"{folder.uri} holds other files ({', '.join(foreign[:3])}); give an empty or a new folder as DEST")
+        raise ValueError(
+            f"{folder.uri} holds other files ({', '.join(foreign[:3])}); give an empty or new folder as DEST"
+        )
     folder.delete(MANIFEST)
     for name in stale:
         folder.delete(name)
 
 
-def _chunks(source: Source, short_side: int | None, rows_per_shard: int | None, seed: int) -> Iterator[_Chunk]:
+def _chunks(
+    source: Source, short_side: int | None, rows_per_shard: int | None, seed: int
+) -> Iterator[_Chunk]:
     """Each split's rows in a seeded random order, cut into shards of nearly equal size."""
     run = uuid.uuid4().hex[:8]
     for split, listing in source.splits.items():
@@ -190,8 +212,10 @@ def _rows_per_shard(sample: Listing, rows: int, short_side: int | None) -> int:
 # --- one task
 
 
-def _read_rows(listing: Listing, short_side: int | None) -> tuple[dict[int, str], dict[int, bytes], Counter[str]]:
-    """By row of the listing: why it is unreadable, or the bytes to store; and how many were changed, by reason."""
+def _read_rows(
+    listing: Listing, short_side: int | None
+) -> tuple[dict[int, str], dict[int, bytes], Counter[str]]:
+    """By row: why it is unreadable, or the bytes to store; and how many were changed, by reason."""
     unreadable, images, normalised = {}, {}, Counter()
     for row in range(len(listing)):
         try:
@@ -237,30 +261,33 @@ def _renumber(folder: Folder, part: _Part, new_ids: dict[int, int]) -> _Part:
 # --- all tasks
 
 
-def _write_parts(
-    folder: Folder,
-    chunks: Iterable[_Chunk],
-    source: Source,
-    short_side: int | None,
-    max_unreadable: float,
-    expect: dict[str, int] | None,
-    ray_options: tuple[bool | None, int | None],
-    progress: bool,
+def _collect(
+    written: Iterator[_Part], rows: int, max_unreadable: float, expect: dict[str, int], progress: bool
 ) -> list[_Part]:
-    """Every chunk's part with dense ids; IngestError as soon as too many images are unreadable."""
-    rows = sum(map(len, source.splits.values()))
-    each = _runner(source, *ray_options)
+    """All parts, in the order of completion; IngestError as soon as too many images are unreadable."""
     parts: list[_Part] = []
     every_s = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants lines, not an animation
-    with tqdm(total=rows, unit=" images", desc="make_shards", mininterval=every_s, disable=not progress) as bar:
-        for part in each(_write_chunk, ((folder, chunk, short_side) for chunk in chunks)):
+    with tqdm(
+        total=rows, unit=" images", desc="make_shards", mininterval=every_s, disable=not progress
+    ) as bar:
+        for part in written:
             parts.append(part)
             bar.update(part.rows)
             if part.unreadable:
-                _check_unreadable(parts, rows, max_unreadable, expect or {})
-    moves = {split: _moves([part for part in parts if part.split == split]) for split in source.splits}
-    moved = [part for part in parts if part.file and any(place in moves[part.split] for place in _places(part))]
-    done = {part.file.name: part for part in each(_renumber, ((folder, part, moves[part.split]) for part in moved))}
+                _check_unreadable(parts, rows, max_unreadable, expect)
+    return parts
+
+
+def _close_gaps(
+    folder: Folder, parts: list[_Part], each: Callable[[Callable, Iterable], Iterator]
+) -> list[_Part]:
+    """The parts with dense ids: shards that hold rows beyond a split's last id are written again."""
+    moves = {split: _moves([part for part in parts if part.split == split]) for split in SPLITS}
+    moved = [part for part in parts if part.file and not moves[part.split].keys().isdisjoint(_places(part))]
+    done = {
+        part.file.name: part
+        for part in each(_renumber, ((folder, part, moves[part.split]) for part in moved))
+    }
     return [done.get(part.file.name, part) if part.file else part for part in parts]
 
 
@@ -277,16 +304,19 @@ def _moves(parts: list[_Part]) -> dict[int, int]:
 
 
 def _check_unreadable(parts: list[_Part], rows: int, max_unreadable: float, expect: dict[str, int]) -> None:
-    """IngestError where the unreadable images are more than allowed; none is where a split's rows are expected."""
+    """IngestError for more unreadable images than allowed; none is in a split whose rows are expected."""
     bad = _unreadable(parts)
     first = "; ".join(f"{one.name}: {one.reason}" for one in bad[:3])
     if len(bad) > max_unreadable * rows:
         raise IngestError(
-            f"{len(bad):,} of {rows:,} images are unreadable so far, more than --max-unreadable {max_unreadable} allows "
-            f"({first}); repair or remove them, or raise --max-unreadable"
+            f"{len(bad):,} of {rows:,} images are unreadable so far, "
+            f"more than --max-unreadable {max_unreadable} allows ({first}); "
+            "repair or remove them, or raise --max-unreadable"
         )
     if any(one.split in expect for one in bad):
-        raise IngestError(f"an image is unreadable ({first}), so --expect cannot be met; repair it, or expect fewer")
+        raise IngestError(
+            f"an image is unreadable ({first}), so --expect cannot be met; repair it, or expect fewer"
+        )
 
 
 def _unreadable(parts: list[_Part]) -> list[Unreadable]:
@@ -301,8 +331,12 @@ def _manifest(folder: Folder, source: Source, parts: list[_Part], options: dict[
         files = tuple(part.file for part in mine if part.file)
         rows = sum(file.rows for file in files)
         if not rows:
-            raise IngestError(f"no image of {split} is readable, so there is nothing to write to {folder.uri}")
-        splits[split] = Split(rows=rows, files=files, num_unreadable=sum(len(part.unreadable) for part in mine))
+            raise IngestError(
+                f"no image of {split} is readable, so there is nothing to write to {folder.uri}"
+            )
+        splits[split] = Split(
+            rows=rows, files=files, num_unreadable=sum(len(part.unreadable) for part in mine)
+        )
         content[split] = [rows, f"{sum(part.content for part in mine) % 2**256:064x}"]
     normalised = sum((part.normalised for part in parts), Counter())
     return Manifest(
@@ -319,7 +353,9 @@ def _manifest(folder: Folder, source: Source, parts: list[_Part], options: dict[
 # --- here or on Ray
 
 
-def _runner(source: Source, use_ray: bool | None, num_cpus: int | None) -> Callable[[Callable, Iterable], Iterator]:
+def _runner(
+    source: Source, use_ray: bool | None, num_cpus: int | None
+) -> Callable[[Callable, Iterable], Iterator]:
     """A starmap in any order: in this process, or as Ray tasks."""
     if use_ray is None:
         use_ray = sum(map(_source_bytes, source.splits.values())) >= RAY_BYTES
@@ -354,7 +390,9 @@ def _as_tasks(function: Callable, arguments: Iterable[tuple], window: int) -> It
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), OSError):
             raise cause from None  # a full disk, say: without the worker's traceback
-        raise IngestError(f"a Ray task failed ({str(error).splitlines()[-1]}); what is in DEST is not whole") from error
+        raise IngestError(
+            f"a Ray task failed ({str(error).splitlines()[-1]}); what is in DEST is not whole"
+        ) from error
     finally:
         for left in pending:
             ray.cancel(left)

@@ -1,8 +1,8 @@
 """The shard contract: what a shards folder holds and what its manifest.json says.
 
-A row is ``image_id`` (int64, dense 0..rows-1 within its split, for life), ``image`` (encoded bytes), ``label``
-(int32 or null) and ``name`` (string). Nothing relies on row order or file order. The manifest is written last: a
-folder without one is no shards folder, whatever files it holds.
+A row is ``image_id`` (int64, dense 0..rows-1 within its split, for life), ``image`` (encoded bytes),
+``label`` (int32 or null) and ``name`` (string). Nothing relies on row order or file order. The manifest is
+written last: a folder without one is no shards folder, whatever files it holds.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class Unreadable:
 class Manifest:
     """What manifest.json holds.
 
-    ``classes`` names the labels (label i is ``classes[i]``) and is None for a set without labels. ``fingerprint``
-    depends on the images, their ids, labels and names, and not on how the rows are cut into files. ``normalised``
-    counts by reason the images that were not kept byte for byte. ``notes`` are sentences about the source.
+    ``classes`` names the labels (label i is ``classes[i]``) and is None for a set without labels.
+    ``fingerprint`` depends on the images, their ids, labels and names, and not on how the rows are cut into
+    files. ``normalised`` counts by reason the images that were not kept byte for byte. ``notes`` are
+    sentences about the source.
     """
 
     splits: dict[str, Split]
@@ -73,7 +74,9 @@ class Manifest:
         """The inverse of ``to_json``; ShardError for another format or for something that is no manifest."""
         version = value.get("format_version") if isinstance(value, dict) else None
         if version != FORMAT_VERSION:
-            raise ShardError(f"the manifest has format version {version!r} and this raydc reads {FORMAT_VERSION}")
+            raise ShardError(
+                f"the manifest has format version {version!r} and this raydc reads {FORMAT_VERSION}"
+            )
         try:
             return cls(**value | _typed(value))
         except (KeyError, TypeError, AttributeError) as error:

@@ -53,10 +53,12 @@ def read_shard(folder: Folder, name: str, columns: list[str] | None = None) -> p
 
 
 def content_sum(table: pa.Table) -> int:
-    """The rows' SHA-256 digests, added modulo 2**256: the same however rows are ordered and cut into files."""
+    """The rows' SHA-256 digests, added modulo 2**256: the same in any order and any number of files."""
     total = 0
     for batch in table.to_batches(max_chunksize=ROW_GROUP):
-        for image_id, image, label, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for image_id, image, label, name in zip(
+            *(column.to_pylist() for column in batch.columns), strict=True
+        ):
             row = hashlib.sha256(f"{image_id} {label} {len(image)} {name}\0".encode())
             row.update(image)
             total += int.from_bytes(row.digest(), "big")
@@ -64,7 +66,7 @@ def content_sum(table: pa.Table) -> int:
 
 
 def open_manifest(folder: Folder) -> Manifest:
-    """The manifest of a whole shards folder; ShardError where it is missing or its files are not the ones it names."""
+    """The manifest of a whole shards folder; ShardError where a file is missing or has changed."""
     try:
         manifest = Manifest.from_json(folder.read_json(MANIFEST))
     except FileNotFoundError:
@@ -83,7 +85,9 @@ def check_files(folder: Folder, manifest: Manifest) -> None:
     found = folder.fs.get_file_info([folder.path(file.name) for file in files]) if files else []
     for file, info in zip(files, found, strict=True):
         if info.type == pa.fs.FileType.NotFound:
-            raise ShardError(f"{folder.uri}/{file.name} is missing, though the manifest names it; {REMEDY} again")
+            raise ShardError(
+                f"{folder.uri}/{file.name} is missing, though the manifest names it; {REMEDY} again"
+            )
         if info.size != file.bytes:
             raise ShardError(
                 f"{folder.uri}/{file.name} has {info.size:,} bytes and the manifest says {file.bytes:,}: "
@@ -125,5 +129,7 @@ def _by_image_id(folder: Folder, manifest: Manifest, split: str, column: str) ->
     ids = table["image_id"].to_numpy()
     order = np.argsort(ids, kind="stable")
     if not np.array_equal(ids[order], np.arange(manifest.splits[split].rows)):
-        raise ShardError(f"{folder.uri}: the image_ids of {split} are not 0..{manifest.splits[split].rows - 1}; {REMEDY}")
+        raise ShardError(
+            f"{folder.uri}: the image_ids of {split} are not 0..{manifest.splits[split].rows - 1}; {REMEDY}"
+        )
     return table, order

@@ -31,12 +31,26 @@ def test_class_tree(tmp_path):
     touch(tmp_path, "dog/b.jpg", "dog/a.JPEG", "cat/x.png", "cat/deep/er/y.webp")
     source = only_train(tmp_path)
     assert source.classes == ("cat", "dog")
-    assert rows(source.splits["train"]) == [("cat/x.png", 0), ("cat/deep/er/y.webp", 0), ("dog/a.JPEG", 1), ("dog/b.jpg", 1)]
+    assert rows(source.splits["train"]) == [
+        ("cat/x.png", 0),
+        ("cat/deep/er/y.webp", 0),
+        ("dog/a.JPEG", 1),
+        ("dog/b.jpg", 1),
+    ]
     assert source.notes == ()
 
 
 def test_what_is_no_image_is_counted_by_kind(tmp_path):
-    touch(tmp_path, "cat/x.jpg", "cat/notes.txt", "dog/y.jpg", "dog/more.txt", "README.md", ".hidden", "cat/Makefile")
+    touch(
+        tmp_path,
+        "cat/x.jpg",
+        "cat/notes.txt",
+        "dog/y.jpg",
+        "dog/more.txt",
+        "README.md",
+        ".hidden",
+        "cat/Makefile",
+    )
     source = only_train(tmp_path)
     assert len(source.splits["train"]) == 2
     (note,) = source.notes
@@ -130,7 +144,7 @@ def test_lines_listed_twice_stay_and_are_noted(tmp_path):
     (tmp_path / "list.txt").write_text("1.jpg 0\n1.jpg 0\n2.jpg 1\n")
     source = only_train(tmp_path / "list.txt")
     assert len(source.splits["train"]) == 3
-    assert source.notes == ("train: 1 path(s) are listed more than once; every line is kept as a row of its own",)
+    assert source.notes == ("train: 1 path(s) are listed more than once; each line is kept as a row",)
 
 
 def inaturalist(path, categories, pairs):
@@ -168,7 +182,10 @@ def test_digits_are_scikit_learns(tmp_path):
 
 
 def test_hold_out_is_seeded_disjoint_and_balanced(tmp_path):
-    touch(tmp_path, *(f"{name}/{i}.jpg" for name, size in {"a": 70, "b": 24, "c": 6}.items() for i in range(size)))
+    touch(
+        tmp_path,
+        *(f"{name}/{i}.jpg" for name, size in {"a": 70, "b": 24, "c": 6}.items() for i in range(size)),
+    )
     one, same, other = (list_source(tmp_path, val_fraction=0.1, seed=seed).splits for seed in (1, 1, 2))
     names = {split: {name for name, _ in rows(listing)} for split, listing in one.items()}
     assert not names["train"] & names["val"]

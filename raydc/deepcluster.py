@@ -27,7 +27,7 @@ from raydc.data import ingest, shards, stream
 from raydc.launch import Job, Remote, Shared, Worker
 from raydc.models.backbone import build_backbone
 from raydc.models.head import Classifier
-from raydc.models.norm import adapt_statistics, batchnorms, equalise_statistics
+from raydc.models.norm import adapt_statistics, batchnorms, equalise_statistics, folded
 from raydc.optim import build_optimizer, forget_momentum
 from raydc.seeding import derive, uniforms
 from raydc.storage import Folder
@@ -241,7 +241,7 @@ def collect(run: Run, model: torch.nn.Module, batches: Iterator, clock: Clock, w
     """(image_ids (n,), outputs (n, D) float32) of this rank's images."""
     ids: list[np.ndarray] = []
     features: list[np.ndarray] = []
-    for image_ids, outputs in training.run_inference(model, run.prefetched(batches), run.compute, clock):
+    for image_ids, outputs in training.run_inference(folded(model), run.prefetched(batches), run.compute, clock):
         ids.append(image_ids)
         features.append(outputs.numpy())
         run.tick(what)
@@ -453,7 +453,7 @@ def pretrain(config: Config, callbacks=()) -> dict:
     local = config.num_workers == 0
     run_dir = Folder(config.run_dir or f"runs/{config.recipe}")
     if not local:
-        launch.attach(config.num_workers, config.verbose)
+        launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
         launch.check_resources(config.num_workers, run_dir)
     data, manifest = open_data(config, run_dir)
     config = settle(config, run_dir, data, manifest)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Before Ray is imported: local workers are started with this very interpreter (not through `uv run`, which would build
@@ -43,8 +44,9 @@ SPARE_CPUS = 2  # beside the workers': one for the bank, one for data tasks, wit
 # --- the cluster --------------------------------------------------------------------------------------------------------
 
 
-def attach(num_workers: int, verbose: bool = False) -> None:
-    """Join the cluster of this job (RAY_ADDRESS), or start Ray on this machine; a Ray already there is used as it is."""
+def attach(num_cpus: int, verbose: bool = False) -> None:
+    """Join the cluster of this job (RAY_ADDRESS), or start Ray on this machine with that many (logical) CPUs; a Ray
+    already there is used as it is."""
     if ray.is_initialized():
         return
     quiet = {"logging_level": "INFO" if verbose else "ERROR", "log_to_driver": verbose}
@@ -53,7 +55,9 @@ def attach(num_workers: int, verbose: bool = False) -> None:
         return
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this process reaches a local Ray
     # Never a bare init(): it would try the address that a cluster which is gone left behind, for two minutes.
-    ray.init(address="local", num_cpus=num_workers + SPARE_CPUS, include_dashboard=False, **quiet)
+    home = str(Path(__file__).resolve().parents[1])  # workers find raydc wherever the job was started
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
 
 
 def choose_gpu(asked: str, num_workers: int) -> bool:

@@ -20,6 +20,10 @@ from raydc.config import ProbeConfig
 from raydc.seeding import derive, uniforms
 
 
+WIDE = 2048  # dimensions above which features (raw pixels, that is) are first reduced by a PCA, to REDUCED
+REDUCED = 256
+
+
 def knn_top1(train_ND, train_labels, val_MD, val_labels, neighbours: int = 20) -> float:
     """Majority of the nearest neighbours by centred cosine, as a fraction."""
     mean = train_ND.mean(0)
@@ -62,6 +66,9 @@ def evaluate(
     if not known.any():
         return dict.fromkeys(("nmi_labels", "nmi_classes", "knn_top1", "linear_top1"))
     train_ids, train_ND, train_labels = train_ids[known], train_ND[known], train_labels[known]
+    if train_ND.shape[1] > WIDE:
+        reduce = fit_whitening(moments(train_ND), REDUCED, whiten=False).project
+        train_ND, val_MD = reduce(train_ND), reduce(val_MD)
     num_classes = len(np.unique(train_labels))
     figures = {
         "nmi_labels": nmi_of_kmeans(train_ND, train_labels, k, seed=seed, whiten_dim=whiten_dim),

@@ -39,15 +39,17 @@ def moments(features_ND: np.ndarray, rows: int = 16384) -> Moments:
 
 @dataclass(frozen=True)
 class Whitening:
-    """x -> L2((x - mean) @ matrix), float32."""
+    """x -> L2((x - mean) @ matrix), float32; ``project`` stops before the L2."""
 
     mean_D: np.ndarray
     matrix_Dd: np.ndarray
     num_negligible: int = 0
 
+    def project(self, features_ND: np.ndarray) -> np.ndarray:
+        return (features_ND - self.mean_D) @ self.matrix_Dd
+
     def __call__(self, features_ND: np.ndarray) -> np.ndarray:
-        reduced = (features_ND - self.mean_D) @ self.matrix_Dd
-        return l2(reduced)
+        return l2(self.project(features_ND))
 
 
 def l2(features: np.ndarray) -> np.ndarray:

@@ -400,18 +400,9 @@ def _as_tasks(function: Callable, arguments: Iterable[tuple], window: int) -> It
 
 def _attach(num_cpus: int | None) -> int:
     """Connect to Ray, starting it here where there is no cluster; returns the number of CPUs to use."""
-    for name in ("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness"):
-        os.environ.setdefault(name, "0")
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    if not ray.is_initialized():
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(address="auto", **quiet)
-        else:
-            home = str(Path(__file__).resolve().parents[2])  # workers find raydc wherever the job was started
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    from raydc import launch  # imports torch too, which a small set does without
+
+    launch.attach(num_cpus or os.cpu_count() or 1)
     return num_cpus or max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -36,12 +36,11 @@ class Backbone(nn.Module):
         channels = 2 if config.sobel else 3
         if config.stem == "imagenet":
             self.conv1 = nn.Conv2d(channels, config.width, 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             self.conv1 = nn.Conv2d(channels, config.width, 3, stride=config.stem_stride, padding=1, bias=False)
-            self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(config.width)
         self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if config.stem == "imagenet" else nn.Identity()
         inputs = config.width
         for stage, depth in enumerate(depths, start=1):
             planes = config.width * 2 ** (stage - 1)

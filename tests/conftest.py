@@ -1,0 +1,37 @@
+"""One local Ray for the whole session, and the real images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.pop("RAY_ADDRESS", None)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory) -> Path:
+    """The unpacked sets: cifar10/{train,test}/CLASS/*, imagenette224/{train,val}/WNID/*, imagewoof320 likewise."""
+    script = SHARED / "unpack.sh"
+    if not script.exists():
+        pytest.skip(f"no real images: {script.parent} does not exist")
+    done = subprocess.run(["bash", script], check=True, capture_output=True, text=True)
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """Ray with more logical CPUs than workers, so that data tasks always find one."""
+    from raydc import launch
+
+    launch.attach(5)
+    import ray
+
+    yield ray
+    ray.shutdown()

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from raydc import checkpoint, config as configs, launch, training
+from raydc import checkpoint, launch, training
+from raydc import config as configs
 from raydc.checkpoint import TrainState
 from raydc.clustering import diagnostics
 from raydc.clustering.assignment import Assignment

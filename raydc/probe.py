@@ -19,7 +19,6 @@ from raydc.clustering.whitening import fit_whitening, l2, moments
 from raydc.config import ProbeConfig
 from raydc.seeding import derive, uniforms
 
-
 WIDE = 2048  # dimensions above which features (raw pixels, that is) are first reduced by a PCA, to REDUCED
 REDUCED = 256
 

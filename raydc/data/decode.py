@@ -104,7 +104,7 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(
             "truncated" if cut_off else f"not an image (it starts with {data[:8]!r})"
         ) from None
-    except Exception as error:  # noqa: BLE001 codecs raise whatever a wrong byte leads them to
+    except Exception as error:
         raise UnreadableImage(_reason(error)) from None
     return image
 
@@ -173,7 +173,7 @@ def _is_rotated(data: bytes) -> bool:
         return False
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(ORIENTATION, 1) in range(2, 9)
-    except Exception:  # noqa: BLE001 broken metadata ask for nothing; pixels are judged when decoded
+    except Exception:
         return False
 
 

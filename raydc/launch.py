@@ -6,6 +6,7 @@ workers' words to the console, and starts again from the last commit point when 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -219,6 +220,7 @@ class Worker:
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    told: float = 0.0
 
     @classmethod
     def here(cls, board: Remote, use_gpu: bool) -> Worker:
@@ -236,7 +238,10 @@ class Worker:
             self.board.send("post", "line", text)
 
     def progress(self, done: int, total: int, what: str) -> None:
-        if self.is_first:
+        """Moves the bar on the driver's console, a few times a second at most."""
+        now = time.monotonic()
+        if self.is_first and now - self.told > 0.3:
+            self.told = now
             self.board.send("post", "progress", (done, total, what))
 
     def barrier(self) -> None:
@@ -297,6 +302,8 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
     A dead worker ends the group, and a new group starts from what the run directory holds, ``max_failures`` times. An
     error the loop raised itself with a remedy (RunError, UsageError) is final.
     """
+    if not job.config.verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
     for attempt in range(max_failures + 1):
         try:
             with Console(job.board):

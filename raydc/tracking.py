@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 
+from raydc.config import Config
 from raydc.storage import Folder
 
 FILE = "metrics.jsonl"
@@ -23,9 +25,16 @@ class Journal:
         self._write()
         return line
 
-    def rewind(self, epoch: int, phases: tuple[str, ...] = ()) -> None:
-        """Forget lines of what is about to be done again: everything from ``epoch`` on, but its finished ``phases``."""
-        kept = [a for a in self.lines if a["epoch"] < epoch or (a["epoch"] == epoch and a["phase"] in phases)]
+    def rewind(self, epoch: int, keep: tuple[str, ...] | None = None) -> None:
+        """Forget lines of what is about to be done again: all after ``epoch``; of ``epoch``, training and all phases that
+        are not among ``keep`` (None: no others)."""
+
+        def stays(line: dict) -> bool:
+            if line["epoch"] != epoch:
+                return line["epoch"] < epoch
+            return line["phase"] != "train" and (keep is None or line["phase"] in keep)
+
+        kept = list(filter(stays, self.lines))
         if len(kept) < len(self.lines):
             self.lines = kept
             self._write()
@@ -40,3 +49,29 @@ class Journal:
 
     def _write(self) -> None:
         self.folder.write(FILE, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def sentence(line: dict, config: Config) -> str | None:
+    """A line of the journal as a person reads it."""
+    head = f"epoch {line['epoch']:>3}/{config.train.epochs}  {line['phase']:<8}"
+    if line["phase"] in ("extract", "train"):
+        wait = line["waiting_s"] / max(line["seconds"], 1e-9)
+        text = f"{head}{line['seconds']:>7.1f} s  {line['images_per_s']:>8,.0f} img/s  waiting {wait:>3.0%}"
+        if line["phase"] == "train":
+            text += f"  loss {line['loss']:.3f} (ln k {math.log(config.clustering.num_clusters):.3f})"
+        elif line["num_unreadable"]:
+            text += f"  {line['num_unreadable']} unreadable"
+        return text
+    if line["phase"] == "cluster":
+        nmi = f"NMI previous {_figure(line['nmi_previous'])}, labels {_figure(line['nmi_labels'])}"
+        return f"{head}{line['seconds']:>7.1f} s  {line['num_clusters']} clusters, {line['num_empty_clusters']} empty  {nmi}"
+    if line["phase"].startswith("probe"):
+        row = {"probe": "trained", "probe_untouched": "random init", "probe_adapted": "random init, BN adapted"}
+        name = row.get(line["phase"], "raw pixels")
+        figures = f"20-NN {_figure(line['knn_top1'])}, linear {_figure(line['linear_top1'])}"
+        return f"epoch {line['epoch']:>3}/{config.train.epochs}  probe   {name:>24}  {figures}"
+    return None
+
+
+def _figure(value: float | None) -> str:
+    return "  - " if value is None else f"{value:.3f}"

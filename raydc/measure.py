@@ -1,0 +1,107 @@
+"""What a run is worth, on labels its training never sees: probes of the features beside what they must beat."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import numpy as np
+import torch
+
+from raydc.models.norm import adapt_statistics, batchnorms, equalise_statistics
+from raydc.run import Run, collect, in_blocks
+from raydc.training import Clock
+
+ADAPT_BATCHES = 32  # of extraction pixels, for the random-init baseline with adapted BatchNorm statistics
+PIXEL_SIDE = 32  # the raw-pixel row compares images of at most this side
+FIGURES = ("nmi_labels", "nmi_classes", "knn_top1", "linear_top1")
+PHASES = ("extract", "cluster", "train")
+
+
+def probe(run: Run, epoch: int, token: str) -> None:
+    """kNN, linear probe and NMI of the features just extracted; before the first epoch also of what they must beat."""
+    if not run.probe_is_due(epoch):
+        return
+    clock = Clock(time.perf_counter())
+    with run.together():
+        if "val" in run.sizes:
+            push_probe(run, token, "val", *collect(run, run.model.backbone, run.images.extract("val"), clock))
+        if epoch == 0:
+            push_baselines(run, token, clock)
+        run.bank.flush()
+    with run.together():
+        if run.worker.is_first:
+            for row in ("untouched", "adapted", "pixels") if epoch == 0 else ("trained",):
+                _measure(run, epoch, token, row)
+
+
+def _measure(run: Run, epoch: int, token: str, row: str) -> None:
+    began = time.perf_counter()
+    prefix = "" if row in ("trained", "untouched") else f"{row}_"
+    names = f"{prefix}train", f"{prefix}val"
+    figures = run.bank.run_probe(token, names, run.config.probe, run.labels, **run.probe_options(row))
+    figures = {key: None if value is None else round(value, 4) for key, value in figures.items()}
+    phase = "probe" if row == "trained" else f"probe_{row}"
+    run.log(epoch, phase, seconds=round(time.perf_counter() - began, 3), **figures)
+
+
+def push_probe(run: Run, token: str, name: str, ids: np.ndarray, features: np.ndarray) -> None:
+    """Raw features to the bank; of the train split only the images that probes look at."""
+    if name.endswith("train"):
+        mine = np.isin(ids, run.probe_ids)
+        ids, features = ids[mine], features[mine]
+    for block in in_blocks(len(ids)):
+        run.bank.send("push_probe", token, name, ids[block], features[block])
+
+
+def push_baselines(run: Run, token: str, clock: Clock) -> None:
+    """Features of the fresh weights with BatchNorm statistics adapted to the data, and raw pixels."""
+    adapted = copy.deepcopy(run.model.backbone)
+    if batchnorms(adapted):
+        batches = zip(range(ADAPT_BATCHES), run.images.extract("train", run.probe_ids), strict=False)
+        with run.compute.autocast():
+            adapt_statistics(adapted, (run.compute.place(pixels) for _, (_, pixels) in batches))
+    equalise_statistics(adapted)
+    for name, ids in (("train", run.probe_ids), ("val", None)):
+        for row, model in (("adapted", adapted), ("pixels", Pixels())):
+            if name in run.sizes:
+                features = collect(run, model, run.images.extract(name, ids), clock)
+                push_probe(run, token, f"{row}_{name}", *features)
+
+
+class Pixels(torch.nn.Module):
+    """Pixels as features: (B, 3, S, S) -> (B, 3 * s * s), s at most 32."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        small = min(PIXEL_SIDE, pixels.shape[-1])
+        return torch.nn.functional.adaptive_avg_pool2d(pixels.float(), small).flatten(1)
+
+
+def summary(run: Run) -> dict:
+    """The facts and figures of a finished run."""
+    journal, last = run.journal, run.journal.last
+    metrics = {"loss": last("train", "loss"), "nmi_previous": last("cluster", "nmi_previous")}
+    for key in FIGURES:
+        fresh = [value for row in ("untouched", "adapted") if (value := last(f"probe_{row}", key)) is not None]
+        metrics |= {key: last("probe", key), f"{key}_random": max(fresh, default=None)}
+        metrics[f"{key}_pixels"] = last("probe_pixels", key)
+    return {
+        "recipe": run.config.recipe,
+        "seed": run.config.seed,
+        "num_images": run.sizes["train"],
+        "num_clusters": run.config.clustering.num_clusters,
+        "epochs": run.config.train.epochs,
+        "metrics": metrics,
+        "num_empty_clusters": last("cluster", "num_empty_clusters"),
+        "phase_s": {phase: round(sum(journal.all(phase, "seconds")), 2) for phase in PHASES}
+        | {"probe": round(sum(journal.all("probe", "seconds")), 2), "start_up": last("start", "seconds")},
+        "images_per_s": {phase: _median(journal.all(phase, "images_per_s")) for phase in ("extract", "train")}
+        | {"cluster": _median([run.sizes["train"] / max(s, 1e-3) for s in journal.all("cluster", "seconds")])},
+        "num_workers": run.worker.world_size,
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    return round(float(np.median(values)), 1) if values else None
+
+

@@ -1,0 +1,97 @@
+"""Before a run: its data, and every "auto" decided once and written down, so that each later start decides alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from raydc import config as configs
+from raydc import launch, training
+from raydc.config import Config, UsageError
+from raydc.data import ingest, shards, stream
+from raydc.storage import Folder
+
+FREE_TO_CHANGE = ("num_workers", "run_dir", "data", "use_gpu", "max_failures", "verbose")
+
+
+def open_data(config: Config, run_dir: Folder):
+    """The shards folder and its manifest; scikit-learn's digits are written into the run directory."""
+    if config.data == "digits":
+        folder = run_dir.child("shards")
+        if not folder.exists("manifest.json"):
+            ingest.make_shards("digits", folder.uri, val_fraction=0.2, seed=config.seed, use_ray=False, progress=False)
+    elif config.data:
+        folder = Folder(config.data)
+    else:
+        raise UsageError(f"recipe {config.recipe} needs images; make shards with jobs/make_shards.py and give --data SHARDS")
+    try:
+        manifest = shards.open_manifest(folder)
+    except shards.ShardError as error:
+        raise UsageError(str(error)) from None
+    if not manifest.splits.get("train") or not manifest.splits["train"].rows:
+        raise UsageError(f"{folder.uri} has no images to train on; make shards of a folder that has some")
+    return folder, manifest
+
+
+def read_labels(data: Folder, manifest) -> tuple[np.ndarray, np.ndarray]:
+    """int32 labels of train and val by image_id, -1 where there are none."""
+    none = np.empty(0, np.int32)
+    return tuple(shards.labels(data, manifest, s) if s in manifest.splits else none for s in ("train", "val"))
+
+
+def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
+    """Every "auto" decided, once per run: written to config.json by the first start, reused by the later ones."""
+    if not run_dir.exists("config.json"):
+        chosen = choose(config, data, manifest)
+        facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
+        run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
+        return chosen
+    written = run_dir.read_json("config.json")
+    asked = configs.from_dict(Config, written["config"])
+    here = {name: getattr(config, name) for name in FREE_TO_CHANGE}
+    others = configs.differences(config, dataclasses.replace(asked, **here))
+    if others:
+        raise UsageError(f"{run_dir.uri} belongs to another config: {'; '.join(others)}. Give another --run-dir")
+    if written["data_fingerprint"] != manifest.fingerprint:
+        raise UsageError(f"the shards in {data.uri} are not those {run_dir.uri} was started with; give another --run-dir")
+    chosen = configs.from_dict(Config, written["chosen"])
+    return dataclasses.replace(chosen, **here | {"use_gpu": _yes(launch.choose_gpu(config.use_gpu, config.num_workers))})
+
+
+def choose(config: Config, data: Folder, manifest) -> Config:
+    """Decide from the machine and the sizes, never from a stopwatch, so that two runs on one machine choose alike."""
+    num_images = manifest.splits["train"].rows
+    k = config.clustering.num_clusters or max(2, num_images // 128)
+    if k > num_images:
+        raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
+    use_gpu = launch.choose_gpu(config.use_gpu, config.num_workers)
+    decode = "tasks" if stream.decode_in_tasks(config) else "worker"
+    return dataclasses.replace(
+        config,
+        use_gpu=_yes(use_gpu),
+        clustering=dataclasses.replace(config.clustering, num_clusters=k),
+        images=dataclasses.replace(
+            config.images, cache=_yes(stream.choose_cache(config, data, manifest)), decode=decode
+        ),
+        train=dataclasses.replace(
+            config.train,
+            precision=training.choose_precision(config.train.precision, "cuda" if use_gpu else "cpu"),
+            channels_last="no" if config.train.channels_last == "no" else "yes",
+        ),
+    )
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def headline(config: Config, streams, run_dir: Folder) -> str:
+    held = f", {streams.sizes['val']:,} held out" if "val" in streams.sizes else ""
+    how = "cached" if streams.cached is not None else f"streamed, decoded in {config.images.decode}"
+    workers = f"{config.num_workers} worker{'s' * (config.num_workers != 1)}" if config.num_workers else "in this process"
+    where = "GPU" if config.use_gpu == "yes" else "CPU"
+    return (
+        f"raydc {config.recipe} · {streams.sizes['train']:,} images{held} · {config.clustering.num_clusters} clusters · "
+        f"{how} · {workers} on {where}, {config.train.precision} · {run_dir.uri}"
+    )

@@ -1,0 +1,182 @@
+"""A run as one worker sees it: model, optimizer, images, bank, journal, and this worker's place among the others."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from raydc import checkpoint, training
+from raydc.checkpoint import TrainState
+from raydc.clustering import diagnostics
+from raydc.clustering.assignment import Assignment
+from raydc.clustering.bank import CoverageError
+from raydc.clustering.sampling import plan_length
+from raydc.config import Config
+from raydc.launch import Job, Worker
+from raydc.models.backbone import build_backbone
+from raydc.models.head import Classifier
+from raydc.models.norm import folded
+from raydc.optim import build_optimizer
+from raydc.seeding import derive, uniforms
+from raydc.tracking import Journal, sentence
+from raydc.training import Clock, Compute
+
+BLOCK = 2048  # rows that travel to the bank at once
+
+
+@dataclass(init=False)
+class Run:
+    """What the verbs of a loop work on: model, optimizer, images, bank, journal, and this worker's place."""
+
+    def __init__(self, job: Job) -> None:
+        self.config: Config = job.config
+        self.folder, self.bank = job.run_dir, job.bank
+        use_gpu = self.config.use_gpu == "yes"
+        self.worker = Worker.here(job.board, use_gpu)
+        threads = training.choose_threads(self.config.train.threads, self.worker.local_world_size)
+        torch.set_num_threads(threads)
+        if self.config.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        self.compute = Compute(self.worker.device, self.config.train.precision, self.config.train.channels_last == "yes")
+        self.sizes: dict[str, int] = job.streams.sizes
+        self.images = job.streams.open(self.worker, threads)
+        self.streamed = job.streams.cached is None
+        backbone = build_backbone(self.config.model, derive(self.config.seed, "backbone"))
+        self.model = self.compute.prepare(Classifier(backbone, self.config.clustering.num_clusters))
+        self.state = TrainState(self.model, build_optimizer(self.model.backbone, self.model.head, self.config.train))
+        checkpoint.load_state(self.folder, self.state)
+        self.trained = self._trained()
+        self.labels = job.extras["labels"].get() if self.worker.is_first else None
+        order = np.argsort(uniforms(derive(self.config.seed, "probe"), np.arange(self.sizes["train"]))[:, 0], kind="stable")
+        self.probe_ids = np.sort(order[: self.config.probe.num_images])
+        self.journal = Journal(self.folder) if self.worker.is_first else None
+        self._go_on(job)
+
+    def _trained(self) -> torch.nn.Module:
+        """The module that is stepped: compiled and wrapped where asked for. Its weights are the model's own."""
+        model = torch.compile(self.model) if self.config.train.compile else self.model
+        if self.worker.world_size == 1:
+            return model
+        # BatchNorm's buffers are made equal once an epoch; broadcasting them before every step costs time and would
+        # throw away what the other ranks saw.
+        on = [self.worker.device] if self.worker.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=on, broadcast_buffers=False)
+
+    def _go_on(self, job: Job) -> None:
+        """Say where this start begins, and forget what will be written again."""
+        self.first_epoch = self.state.epoch
+        committed = self.committed_assignment(self.first_epoch) is not None
+        if not self.worker.is_first:
+            return
+        self.journal.rewind(self.first_epoch, keep=None if committed else ("start",))
+        self.log(self.first_epoch, "start", seconds=round(time.time() - job.began, 2), num_workers=self.worker.world_size)
+        if self.first_epoch > 0 or committed:
+            where = "train, with the labels it had" if committed else "extract"
+            self.worker.say(f"going on in epoch {self.first_epoch}: {where}")
+
+    def committed_assignment(self, epoch: int) -> Assignment | None:
+        """The clustering that an earlier start committed for these very weights; the same answer on all ranks."""
+        if epoch != self.first_epoch:
+            return None
+        digest = checkpoint.weights_hash(self.model.backbone) if self.worker.is_first else None
+        return checkpoint.load_assignment(self.folder, epoch, self.worker.broadcast(digest))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What happens inside, happens on all ranks or on none: a CoverageError of one is raised on every one. A barrier."""
+        problem = None
+        try:
+            yield
+        except CoverageError as error:
+            problem = error
+        if not self.worker.all_agree(problem is None):
+            raise problem or CoverageError("another worker lost the bank")
+
+    def open_bank(self) -> str:
+        """The token of a new extraction pass."""
+        token = None
+        with self.together():
+            token = self.bank.open() if self.worker.is_first else None
+        return self.worker.broadcast(token)
+
+    def unreadable(self, split: str) -> np.ndarray:
+        return np.array(getattr(self.images, "unreadable", {}).get(split, []), np.int64)
+
+    def prefetched(self, batches: Iterator) -> Iterator:
+        """Batches made ahead in a thread, where that does not take the CPU from the network."""
+        return training.prefetch(batches) if self.streamed or self.worker.device.type == "cuda" else batches
+
+    def probe_is_due(self, epoch: int) -> bool:
+        every = self.config.probe.every
+        return epoch in (0, self.config.train.epochs) or bool(every and epoch % every == 0)
+
+    def probe_options(self, row: str) -> dict:
+        """k keeps the run's images per cluster where the probe sees only a part of them."""
+        share = len(self.probe_ids) / self.sizes["train"]
+        k = max(2, round(self.config.clustering.num_clusters * share))
+        whiten_dim = 0 if row == "pixels" or not self.config.clustering.whiten else self.config.clustering.pca_dim
+        return {"seed": self.config.seed, "k": k, "whiten_dim": whiten_dim}
+
+    def describe(self, assignment: Assignment) -> dict:
+        """Health of a clustering, and its agreement with the labels and with the clustering before it."""
+        before = checkpoint.load_assignment(self.folder, assignment.epoch - 1) if assignment.epoch else None
+        train_labels, _ = self.labels
+        nmi = {
+            "nmi_labels": diagnostics.nmi(assignment.pseudo_labels, train_labels),
+            "nmi_previous": None if before is None else diagnostics.nmi(assignment.pseudo_labels, before.pseudo_labels),
+        }
+        rounded = {name: None if value is None else round(value, 4) for name, value in nmi.items()}
+        return diagnostics.health(assignment) | rounded
+
+    # --- words ---
+
+    def log(self, epoch: int, phase: str, **values) -> None:
+        """A line in metrics.jsonl and, for a phase of the paper, one on the console."""
+        if not self.worker.is_first:
+            return
+        line = self.journal.add(epoch, phase, **values)
+        text = sentence(line, self.config)
+        if text:
+            self.worker.say(text)
+        if phase == "cluster" and (ill := diagnostics.verdict(values, self.sizes["train"])):
+            self.worker.say(f"  note: {ill}")
+
+    def progress(self, epoch: int, phase: str, images: int) -> None:
+        """Images done in the whole run, of those it will send through the network."""
+        extracted, trained = self.sizes["train"], self.num_draws
+        before = epoch * (extracted + trained) + (extracted if phase == "train" else 0)
+        total = self.config.train.epochs * (extracted + trained) + extracted
+        self.worker.progress(min(total, before + images), total, f"epoch {epoch}/{self.config.train.epochs} {phase}")
+
+    @property
+    def num_draws(self) -> int:
+        """Draws between two clusterings."""
+        return plan_length(self.sizes["train"], self.config.train.plan_length, self.config.train.batch_size)
+
+
+def in_blocks(num: int) -> Iterator[slice]:
+    """Slices of ``num`` rows that are small enough to travel."""
+    return (slice(start, start + BLOCK) for start in range(0, num, BLOCK))
+
+
+def collect(
+    run: Run, model: torch.nn.Module, batches: Iterator, clock: Clock, epoch: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(image_ids (n,), outputs (n, D) float32) of this rank's images; with ``epoch`` it moves the progress bar."""
+    ids: list[np.ndarray] = []
+    features: list[np.ndarray] = []
+    for image_ids, outputs in training.run_inference(folded(model), run.prefetched(batches), run.compute, clock):
+        ids.append(image_ids)
+        features.append(outputs.numpy())
+        if epoch is not None:
+            run.progress(epoch, "extract", clock.images * run.worker.world_size)
+    if not ids:
+        return np.empty(0, np.int64), np.empty((0, run.model.backbone.feature_dim), np.float32)
+    return np.concatenate(ids), np.concatenate(features)

@@ -88,8 +88,9 @@ def cluster(run: Run, epoch: int, token: str) -> Assignment:
                 assignment = run.bank.cluster(token, epoch, run.config.seed, digest)
             except ValueError as error:
                 raise RunError(str(error)) from None
-            checkpoint.save_assignment(run.folder, assignment)
+            # Said before it is committed: a start that finds the commit finds the line, one that does not forgets it.
             run.log(epoch, "cluster", seconds=round(time.perf_counter() - began, 3), **run.describe(assignment))
+            checkpoint.save_assignment(run.folder, assignment)
     return checkpoint.load_assignment(run.folder, epoch)
 
 

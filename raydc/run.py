@@ -79,6 +79,8 @@ class Run:
         self.log(self.first_epoch, "start", seconds=round(time.time() - job.began, 2), num_workers=self.worker.world_size)
         if self.first_epoch > 0 or committed:
             where = "train, with the labels it had" if committed else "extract"
+            if self.first_epoch == self.config.train.epochs:
+                where = "measuring the final features"
             self.worker.say(f"going on in epoch {self.first_epoch}: {where}")
 
     def committed_assignment(self, epoch: int) -> Assignment | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,16 +33,15 @@ def kmeans(features_Nd: np.ndarray, k: int, *, iterations: int = 20, seed: int =
     features_Nd = np.ascontiguousarray(features_Nd, np.float32)
     if not np.isfinite(features_Nd).all():
         raise ValueError("features are not finite; lower train.lr or start again from an earlier checkpoint")
-    if threads:
-        faiss.omp_set_num_threads(threads)
     clustering = faiss.Clustering(dim, k)
     clustering.niter = iterations
     clustering.seed = seed & 0x7FFFFFFF  # a C int
     clustering.max_points_per_centroid = 10_000_000  # no subsampling, as in the reference
     clustering.min_points_per_centroid = 1  # small clusters are reported by the diagnostics, not by faiss's warning
     index = _index(faiss, dim)
-    clustering.train(features_Nd, index)
-    distances, labels = index.search(features_Nd, 1)
+    with _threads(faiss, threads):
+        clustering.train(features_Nd, index)
+        distances, labels = index.search(features_Nd, 1)
     stats = clustering.iteration_stats
     return KMeans(
         faiss.vector_to_array(clustering.centroids).reshape(k, dim).copy(),
@@ -49,6 +49,17 @@ def kmeans(features_Nd: np.ndarray, k: int, *, iterations: int = 20, seed: int =
         np.maximum(distances[:, 0], 0),  # ||x||^2 - 2xc + ||c||^2 can round below zero
         np.array([stats.at(i).obj for i in range(stats.size())]),
     )
+
+
+@contextlib.contextmanager
+def _threads(faiss, threads: int):
+    """The setting is the whole process's: torch, where it trains in this one, must find it as it was."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _index(faiss, dim: int):

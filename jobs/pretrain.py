@@ -13,7 +13,12 @@ from raydc.config import Config, RunError, UsageError
 from raydc.recipes import RECIPES
 
 ROWS = (("raw pixels", "_pixels"), ("random init", "_random"), ("trained", ""))
-COLUMNS = (("nmi_labels", "NMI at k"), ("nmi_classes", "NMI classes"), ("knn_top1", "20-NN"), ("linear_top1", "linear probe"))
+COLUMNS = (
+    ("nmi_labels", "NMI at k"),
+    ("nmi_classes", "NMI classes"),
+    ("knn_top1", "20-NN"),
+    ("linear_top1", "linear probe"),
+)
 
 
 def parse(arguments: list[str] | None = None) -> Config:

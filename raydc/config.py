@@ -157,7 +157,7 @@ class TrainConfig:
     momentum: float = 0.9
     """Momentum of the backbone."""
     head_momentum: float = 0.0
-    """Momentum of the head; 0 in the references, whose head is new every epoch."""
+    """Momentum of the head, forgotten at every reassignment; 0 in the references. Short epochs want the backbone's."""
     weight_decay: float = 1e-5
     """L2 penalty on all parameters, biases and BatchNorm too, as in the references."""
     clip_norm: float = 0.0

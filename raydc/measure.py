@@ -95,6 +95,7 @@ def summary(run: Run) -> dict:
         "num_empty_clusters": last("cluster", "num_empty_clusters"),
         "phase_s": {phase: round(sum(journal.all(phase, "seconds")), 2) for phase in PHASES}
         | {"probe": round(sum(journal.all("probe", "seconds")), 2), "start_up": last("start", "seconds")},
+        "cpu_s": {phase: round(sum(journal.all(phase, "cpu_s")), 1) for phase in ("extract", "train")},
         "images_per_s": {phase: _median(journal.all(phase, "images_per_s")) for phase in ("extract", "train")}
         | {"cluster": _median([run.sizes["train"] / max(s, 1e-3) for s in journal.all("cluster", "seconds")])},
         "num_workers": run.worker.world_size,

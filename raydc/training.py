@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -68,17 +68,19 @@ class Clock:
     began: float
     waiting: float = 0.0
     images: int = 0
+    cpu: float = field(default_factory=time.process_time)
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def summary(self, world_size: int) -> dict[str, float]:
-        """``images_per_s`` counts all workers."""
+        """``images_per_s`` counts all workers; ``cpu_s``, of this process, holds also where the machine is shared."""
         seconds = self.seconds
         return {
             "seconds": round(seconds, 3),
             "waiting_s": round(self.waiting, 3),
+            "cpu_s": round(time.process_time() - self.cpu, 2),
             "images_per_s": round(self.images * world_size / max(seconds, 1e-9), 1),
         }
 

@@ -30,6 +30,8 @@ def local_ray():
     """Ray with more logical CPUs than workers, so that data tasks always find one."""
     from raydc import launch
 
+    # Workers import the tests' own loops by name.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     launch.attach(5)
     import ray
 

@@ -39,6 +39,15 @@ EVERYTHING = ImagesConfig(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors are fastest so, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def cifar(real_data) -> torch.Tensor:
     """20 real images, uint8 (20, 32, 32, 3)."""
@@ -50,7 +59,7 @@ def cifar(real_data) -> torch.Tensor:
 def photo(real_data) -> np.ndarray:
     """One real photograph, uint8 (H, W, 3), short side 320."""
     file = min((real_data / "imagewoof320" / "val").rglob("*.JPEG"))
-    return np.asarray(Image.open(file).convert("RGB"))
+    return np.array(Image.open(file).convert("RGB"))
 
 
 def drawn(config: ImagesConfig, num: int, height: int = 32, width: int = 32, seed: int = 0) -> Augmentation:
@@ -123,7 +132,8 @@ def test_one_crop_and_batched_crops_agree_to_rounding(cifar):
     boxes = drawn(ImagesConfig(size=24, resize=24), len(cifar)).box
     batched = crop_batch(cifar, boxes, None, 24)
     single = torch.stack([crop_one(image.numpy(), box, 24) for image, box in zip(cifar, boxes, strict=True)])
-    assert (batched - single).abs().max() <= 0.51
+    assert (batched - single).abs().max() < 1.1, "bytes are rounded after each of two directions"
+    assert (batched - single).abs().mean() < 0.35
 
 
 def test_flips_mirror_the_crop_and_only_those_asked_for(cifar):
@@ -150,7 +160,7 @@ def test_the_centre_is_resize_and_centercrop(photo, resize, size):
     theirs = TF.center_crop(TF.resize(image, resize, antialias=True), [size, size])
     ours = crop_one(photo, box, size)
     assert (ours.float() - theirs.float()).abs().mean() < 4
-    far = crop_one(photo, box + (8, 8, 0, 0), size)
+    far = crop_one(photo, box + np.array((8, 8, 0, 0)), size)
     assert (ours.float() - theirs.float()).abs().mean() < 0.4 * (far.float() - theirs.float()).abs().mean()
 
 
@@ -239,7 +249,7 @@ def test_elastic_displacements_are_normal_with_the_given_deviation():
 def still(num: int, **changes) -> Augmentation:
     """Parameters that change nothing, but for ``changes``."""
     one, no = np.ones(num, np.float32), np.zeros(num, bool)
-    values = {"box": np.zeros((num, 4), np.int64), "flip": no, "matrix": np.tile(np.eye(2, 3, dtype=np.float32), (num, 1, 1))}
+    values = {"box": np.zeros((num, 4), np.int64), "flip": no, "matrix": np.tile(np.eye(2, 3, dtype="f4"), (num, 1, 1))}
     values |= {"elastic": None, "brightness": one, "contrast": one, "saturation": one, "hue": 0 * one}
     values |= {"order": np.tile(np.arange(4), (num, 1)), "grayscale": no}
     return Augmentation(**(values | changes))
@@ -269,7 +279,8 @@ def test_a_shift_by_hand_leaves_black_behind():
     """A third of the side: one pixel. The output is taken from one pixel further to the right."""
     image = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]).expand(1, 3, 3, 3)
     shift = still(1, matrix=np.array([[[1, 0, 2 / 3], [0, 1, 0]]], np.float32))
-    assert torch.allclose(augment(image, shift, ROTATING)[0, 0], torch.tensor([[2.0, 3, 0], [5, 6, 0], [8, 9, 0]]), atol=1e-4)
+    out = augment(image, shift, ROTATING)
+    assert torch.allclose(out[0, 0], torch.tensor([[2.0, 3, 0], [5, 6, 0], [8, 9, 0]]), atol=1e-4)
 
 
 def test_drawn_rotations_are_torchvisions(cifar):

@@ -109,7 +109,9 @@ def cut(images: list[np.ndarray], boxes: np.ndarray, flips, size: int, pool: Thr
 class CachedImages:
     """Both views of a cached train split (and the plain view of others) for one worker of ``world_size``."""
 
-    def __init__(self, arrays: dict[str, ImageArray], config: ImagesConfig, *, rank: int, world_size: int, device, threads: int):
+    def __init__(
+        self, arrays: dict[str, ImageArray], config: ImagesConfig, *, rank: int, world_size: int, device, threads: int
+    ) -> None:
         self.arrays, self.config = arrays, config
         self.rank, self.world_size, self.device = rank, world_size, device
         self.pool = ThreadPoolExecutor(threads)

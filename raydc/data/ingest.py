@@ -300,7 +300,7 @@ def _moves(parts: list[_Part]) -> dict[int, int]:
     holes = sorted(place for part in parts for place in part.unreadable)
     rows = sum(part.rows for part in parts) - len(holes)
     movers = sorted(set(range(rows, rows + len(holes))) - set(holes))
-    return dict(zip(movers, holes))  # the holes beyond the last row need no new owner
+    return dict(zip(movers, holes, strict=False))  # the holes beyond the last row need no new owner
 
 
 def _check_unreadable(parts: list[_Part], rows: int, max_unreadable: float, expect: dict[str, int]) -> None:

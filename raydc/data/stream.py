@@ -292,15 +292,18 @@ class StreamedImages:
 
     def train(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator:
         """This rank's share of the plan's draws, in parts of global batches: (image_ids, augmented pixels)."""
+        for batch in self.draws(plan, seed, batch_size):
+            yield self._train_batch(batch, seed)
+
+    def draws(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[list[tuple[int, int, bytes]]]:
+        """The same, before decoding: lists of (image_id, draw, encoded image or crop)."""
         if self.worker.is_first:
             travel = plan_travel(plan, batch_size, seed, self._hot_images)
             self.streams.board.publish([Shared(travel, local=False)])
         self.worker.barrier()  # a plan is in force before anybody's reading begins
-        rows = self._rows(seed)
-        for batch in _mixed(rows, batch_size // self.worker.world_size, self.config.shuffle_buffer, seed):
-            yield self._train_batch(batch, seed)
+        yield from mixed(self._rows(), batch_size // self.worker.world_size, self.config.shuffle_buffer, seed)
 
-    def _rows(self, seed: int) -> Iterator[tuple[int, int, bytes]]:
+    def _rows(self) -> Iterator[tuple[int, int, bytes]]:
         shard = ray.train.get_dataset_shard("train")
         for table in shard.iter_batches(batch_size=256, batch_format="pyarrow", prefetch_batches=2):
             payload = table["crop" if "crop" in table.column_names else "image"]
@@ -332,16 +335,14 @@ class StreamedImages:
         return read_rows(self.streams.folder, self.streams.row_index.get(), ids)
 
 
-def _mixed(rows: Iterator, batch_size: int, buffer_size: int, seed: int) -> Iterator[list]:
+def mixed(rows: Iterator, batch_size: int, buffer_size: int, seed: int) -> Iterator[list]:
     """Whole batches of rows taken at random from a bounded buffer of encoded images."""
     random = np.random.default_rng(derive(seed, "buffer"))
     buffer: list = []
-    batch: list = []
     for row in rows:
         buffer.append(row)
         if len(buffer) >= buffer_size + batch_size:
-            batch = [_pop(buffer, random) for _ in range(batch_size)]
-            yield batch
+            yield [_pop(buffer, random) for _ in range(batch_size)]
     while len(buffer) >= batch_size:
         yield [_pop(buffer, random) for _ in range(batch_size)]
     if buffer:

@@ -35,7 +35,7 @@ def test_it_is_faiss(features, seed):
 
 
 def test_no_point_is_left_out_however_large_the_clusters():
-    """faiss trains on 256 points a cluster unless told otherwise. Of 3,000 points 300 are far away: a sample's mean moves."""
+    """faiss trains on 256 points a cluster unless told otherwise. 300 of 3,000 are far away: a sample's mean moves."""
     points = np.zeros((3000, 2), np.float32)
     points[:300] = 10
     ours = kmeans(points, 1, iterations=2, seed=0)

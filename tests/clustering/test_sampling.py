@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -30,6 +30,7 @@ def heavy_tailed(num_images: int, num_clusters: int, seed: int = 0) -> np.ndarra
     return rng.permutation(np.concatenate([labels, np.arange(num_clusters - singletons, num_clusters)]))
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_clusters_are_drawn_equally_often_within_one(assignment, length, seed):
     labels, k = assignment
@@ -41,6 +42,7 @@ def test_clusters_are_drawn_equally_often_within_one(assignment, length, seed):
     assert (per_cluster[~filled] == 0).all()
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_images_of_a_cluster_are_drawn_equally_often_within_one(assignment, length, seed):
     labels, k = assignment
@@ -48,6 +50,7 @@ def test_images_of_a_cluster_are_drawn_equally_often_within_one(assignment, leng
     assert all(np.ptp(counts[labels == cluster]) <= 1 for cluster in np.unique(labels[labels >= 0]))
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_the_draws_add_up_and_unreadable_images_have_none(assignment, length, seed):
     labels, k = assignment
@@ -57,12 +60,14 @@ def test_the_draws_add_up_and_unreadable_images_have_none(assignment, length, se
         assert (plan.counts[labels < 0] == 0).all()
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_a_plain_plan_draws_every_readable_image_within_one(assignment, length, seed):
     labels, _ = assignment
     assert np.ptp(plain_plan(labels, length, seed).counts[labels >= 0]) <= 1
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_every_draw_comes_exactly_once(assignment, length, seed):
     plan = uniform_plan(*assignment, length, seed)
@@ -72,6 +77,7 @@ def test_every_draw_comes_exactly_once(assignment, length, seed):
     assert set(zip(image_ids.tolist(), draws.tolist(), strict=True)) == expected
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_an_image_drawn_c_times_comes_once_in_each_cth_of_slots(assignment, length, seed):
     """Its draws are in order, and no two of them are both among the first or the last few of the epoch."""
@@ -81,6 +87,7 @@ def test_an_image_drawn_c_times_comes_once_in_each_cth_of_slots(assignment, leng
         assert np.array_equal(draws[image_ids == image_id], np.arange(plan.counts[image_id]))
 
 
+@settings(max_examples=60, deadline=None)
 @given(assignments(), lengths, seeds)
 def test_a_plan_is_a_function_of_its_seed(assignment, length, seed):
     first, again = (uniform_plan(*assignment, length, seed) for _ in range(2))
@@ -142,6 +149,7 @@ def test_epochs_differ_and_are_fair_in_the_long_run(size):
     assert np.ptp(np.bincount(labels, weights=total)) < 400 * 0.3
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 10**7), st.floats(0.01, 20), st.integers(1, 4096))
 def test_a_plan_is_whole_batches_near_its_length(num_images, multiple, batch_size):
     length = plan_length(num_images, multiple, batch_size)

@@ -1,0 +1,107 @@
+"""How much of a steady epoch is the network and k-means: our whole epoch against the bare computation, side by side.
+
+    uv run python tests/bench/epoch.py --data CIFAR_SHARDS --json epoch.json
+
+Bare: extraction, k-means and training steps of the same model, dtype and batch on pixels that are already there: no
+augmentation, no bank, no labels written, no checkpoint. Both run in turns (A B A B ...), the median of the ratios counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from raydc import deepcluster, launch, prepare
+from raydc.clustering.kmeans import kmeans
+from raydc.clustering.whitening import fit_whitening, moments
+from raydc.data import stream
+from raydc.launch import Job, Remote, Shared
+from raydc.models.norm import folded
+from raydc.recipes import cifar10_resnet18
+from raydc.run import Run
+from raydc.storage import Folder
+
+
+def ours(run: Run, epoch: int) -> float:
+    """One whole epoch of the loop, with both of its commits."""
+    began = time.perf_counter()
+    assignment = deepcluster.extract_and_cluster(run, epoch)
+    deepcluster.reassign(run, assignment)
+    loss = deepcluster.train(run, assignment)
+    deepcluster.report(run, epoch, loss)
+    return time.perf_counter() - began
+
+
+def bare(run: Run) -> float:
+    """The computation alone, on as many images and steps."""
+    size, config = run.config.images.size, run.config.train
+    pixels = run.compute.place(torch.randint(0, 256, (config.batch_size, 3, size, size)).float())
+    labels = torch.randint(0, run.config.clustering.num_clusters, (config.batch_size,))
+    num = run.sizes["train"]
+    began = time.perf_counter()
+    network, features = folded(run.model.backbone), []
+    with torch.inference_mode(), run.compute.autocast():
+        for _ in range(-(-num // config.batch_size)):
+            features.append(network(pixels).float())
+    matrix = torch.cat(features)[:num].numpy() + 1e-3 * np.random.default_rng(0).standard_normal((num, 1)).astype(np.float32)
+    reduced = fit_whitening(moments(matrix), run.config.clustering.pca_dim)(matrix)
+    clustering = run.config.clustering
+    kmeans(reduced, clustering.num_clusters, iterations=clustering.iterations, threads=torch.get_num_threads())
+    run.model.train()
+    for _ in range(run.num_draws // config.batch_size):
+        with run.compute.autocast():
+            scores = run.model(pixels)
+        run.state.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(scores.float(), labels).backward()
+        run.state.optimizer.step()
+    return time.perf_counter() - began
+
+
+def loop(job: Job) -> list[tuple[float, float]]:
+    """Pairs of seconds; the bare steps train on noise, so the weights are put back after each."""
+    run, pairs = Run(job), []
+    ours(run, 0)  # warm-up, and the baselines
+    for epoch in range(1, 1 + job.extras["repeats"]):
+        mine = ours(run, epoch)
+        kept = {key: value.clone() for key, value in run.model.state_dict().items()}
+        pairs.append((mine, bare(run)))
+        run.model.load_state_dict(kept)
+        print(f"whole epoch {pairs[-1][0]:.1f} s, bare {pairs[-1][1]:.1f} s, share {pairs[-1][1] / pairs[-1][0]:.3f}", flush=True)
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = replace(cifar10_resnet18(), data=arguments.data, run_dir=scratch, num_workers=0)
+        config = replace(config, probe=replace(config.probe, every=0, num_images=1000))
+        run_dir = Folder(scratch)
+        data, manifest = prepare.open_data(config, run_dir)
+        config = prepare.settle(config, run_dir, data, manifest)
+        streams = stream.open_streams(config, data, manifest, cached=True, local=True)
+        bank = deepcluster.make_bank(config, streams.sizes["train"], local=True)
+        extras = {"labels": Shared(prepare.read_labels(data, manifest), local=True), "repeats": arguments.repeats}
+        job = Job(config, run_dir, Remote(launch.Board, local=True), streams, bank, extras, time.time())
+        pairs = launch.fit(loop, job, num_workers=0, use_gpu=False)
+    share = statistics.median(b / a for a, b in pairs)
+    row = {"row": "5", "value": round(share, 4), "must": 0.75, "aim": 0.97, "ok": share >= 0.75, "quality": None}
+    print(f"share of a steady epoch that is network and k-means: {share:.3f} (median of {len(pairs)})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([row], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A room imports only from rooms below it, and the lower rooms stay light."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import raydc
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(module.name for module in pkgutil.walk_packages(raydc.__path__, "raydc."))
+# design.md 3: Ray is allowed from floor 2 up. Whatever is not named here stays below.
+UPPER = {"launch", "training", "tracking", "prepare", "run", "measure", "deepcluster", "deepcluster_v2", "odc", "recipes"}
+UPPER |= {"benchmarks", "report"}
+UPPER_DATA = {"raydc.data.stream", "raydc.data.ingest"}
+LOWER = [one for one in MODULES if one.split(".")[1] not in UPPER and one not in UPPER_DATA]
+
+LOADED = """
+import importlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+    print(name, *(heavy for heavy in sys.argv[1].split(",") if heavy in sys.modules))
+"""
+
+
+def loaded(heavy: str, *modules: str) -> dict[str, list[str]]:
+    """For each module, imported one after the other in a fresh process: which of ``heavy`` are loaded by then."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, heavy, *modules], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+
+
+def test_the_contract_of_the_floors_holds():
+    program = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kept, 0 broken" in done.stdout
+
+
+def test_floors_nought_and_one_load_neither_ray_nor_faiss():
+    """faiss's wheel and torch's are built for different CUDA versions: only a process that clusters loads it."""
+    assert {"raydc.config", "raydc.models.backbone", "raydc.clustering.bank", "raydc.data.transforms"} <= set(LOWER)
+    assert loaded("ray,faiss", *LOWER) == {name: [] for name in LOWER}
+
+
+def test_the_bank_loads_neither_engine():
+    assert loaded("faiss,torch,ray", "raydc.clustering.bank") == {"raydc.clustering.bank": []}
+
+
+def test_the_package_and_its_configuration_are_light():
+    light = ("raydc", "raydc.config", "raydc.recipes")
+    assert loaded("ray,torch,faiss,numpy,sklearn", *light) == {name: [] for name in light}

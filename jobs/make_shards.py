@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tyro
 from tyro.conf import Positional
 
+from raydc.config import UsageError
 from raydc.data.ingest import IngestError, make_shards
 from raydc.data.schema import MANIFEST, Manifest, ShardError
 from raydc.storage import Folder
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         manifest = make_shards(src, dest, **args | {"expect": parse_expect(args["expect"])})
     except (IngestError, ShardError, OSError) as error:
         return _fail(error, 1)
-    except ValueError as error:
+    except (UsageError, ValueError) as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         return _fail("stopped; the same command starts again", 130)

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-class UsageError(ValueError):
-    """Something the user asked for cannot be; the message names the thing and the remedy. Exit code 2."""
+class UsageError(Exception):
+    """Something the user asked for cannot be; the message names the thing and the remedy. Exit code 2.
+
+    No ValueError, which the command line parser would wrap in its own words.
+    """
 
 
 class RunError(RuntimeError):

@@ -31,8 +31,10 @@ def digits() -> Config:
         ),
         clustering=ClusteringConfig(num_clusters=100, pca_dim=64),
         # A fresh head needs more steps than one pass over 1,437 images gives (the original's --reassign).
-        train=TrainConfig(epochs=8, batch_size=256, plan_length=8.0, lr=0.15, schedule="cosine"),
-        probe=ProbeConfig(every=4, images_per_class=10),
+        train=TrainConfig(
+            epochs=5, schedule_epochs=7, batch_size=256, plan_length=8.0, lr=0.15, head_momentum=0.9, schedule="cosine"
+        ),
+        probe=ProbeConfig(every=2, images_per_class=10),
     )
 
 

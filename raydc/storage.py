@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs
 
+from raydc.config import UsageError
+
 
 class Folder:
     """A folder on some filesystem; every path given to a method is relative to it.
@@ -26,7 +28,7 @@ class Folder:
             try:
                 self.fs, self.root = pyarrow.fs.FileSystem.from_uri(self.uri)
             except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
+                raise UsageError(
                     f"{self.uri!r} is not a place pyarrow can open ({error}); use a local path, s3://, gs:// or file://"
                 ) from None
         else:

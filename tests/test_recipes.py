@@ -13,7 +13,6 @@ def test_a_recipe_knows_its_name_and_builds(name):
     config = RECIPES[name]()
     assert config.recipe == name
     assert config == RECIPES[name](), "nothing is drawn or shared"
-    assert config.train.head_momentum == 0, "the references' head is new every epoch"
     assert config.train.weight_decay == 1e-5 and config.train.momentum == 0.9
     assert config.train.balance == "uniform"
     assert config.clustering.whiten and config.clustering.iterations == 20
@@ -69,7 +68,8 @@ def test_the_two_imagenet_runs_differ_in_sobel_alone():
 
 
 def test_cifar10_is_calibrations_network_and_schedule():
-    """Row "Sobel, k=390, fresh head, 18/26": half width, stride 2, 2.8 M parameters, PCA 128, SGD .05 cosine, batch 256."""
+    """Rows "Sobel, k=390, fresh head": half width, stride 2, 2.8 M, PCA 128, SGD .05 cosine, batch 256; a schedule
+    longer than the run (3/17, 18/26)."""
     config = RECIPES["cifar10_resnet18"]()
     backbone = build_backbone(config.model, 0)
     assert round(sum(p.numel() for p in backbone.parameters()) / 1e6, 1) == 2.8
@@ -79,7 +79,7 @@ def test_cifar10_is_calibrations_network_and_schedule():
     assert config.clustering.num_clusters == 390 == 50_000 // 128
     assert config.clustering.pca_dim == 128
     train = config.train
-    assert (train.epochs, train.schedule_epochs, train.schedule) == (18, 26, "cosine")
+    assert train.schedule == "cosine" and train.schedule_epochs > train.epochs
     assert (train.lr, train.batch_size, train.plan_length) == (0.05, 256, 1.0)
 
 

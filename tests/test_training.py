@@ -240,7 +240,7 @@ def test_timed_passes_every_batch_and_counts_images():
     clock = Clock(time.perf_counter())
     assert list(timed([([1, 2], "a"), ([3], "b")], clock)) == [([1, 2], "a"), ([3], "b")]
     assert clock.images == 3
-    assert clock.summary(4).keys() == {"seconds", "waiting_s", "images_per_s"}
+    assert clock.summary(4).keys() >= {"seconds", "waiting_s", "images_per_s"}
 
 
 def test_choices_follow_what_was_asked():

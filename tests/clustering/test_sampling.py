@@ -149,6 +149,14 @@ def test_epochs_differ_and_are_fair_in_the_long_run(size):
     assert np.ptp(np.bincount(labels, weights=total)) < 400 * 0.3
 
 
+def test_the_order_is_drawn_anew_even_where_the_counts_are_not():
+    """Every image once: ranks of an image in two epochs are uncorrelated, and its place is uniform over the epoch."""
+    labels = np.zeros(5000, np.int32)
+    first, second = (np.argsort(plain_plan(labels, 5000, derive(0, "plan", epoch)).draws()[0]) for epoch in (0, 1))
+    assert abs(stats.spearmanr(first, second).statistic) < 0.05
+    assert abs(stats.spearmanr(first, np.arange(5000)).statistic) < 0.05
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 10**7), st.floats(0.01, 20), st.integers(1, 4096))
 def test_a_plan_is_whole_batches_near_its_length(num_images, multiple, batch_size):

@@ -90,9 +90,7 @@ def summary(manifest: Manifest) -> str:
     lines.append(f"labels {len(manifest.classes):>11,} classes" if manifest.classes else "labels        none")
     lines += [f"note: {note}" for note in manifest.notes]
     changed = ", ".join(f"{reason} {count:,}" for reason, count in manifest.normalised.items())
-    lines.append(
-        f"stored anew: {changed}" if changed else "stored anew: none, every image is kept byte for byte"
-    )
+    lines.append(f"stored anew: {changed}" if changed else "stored anew: none, every image is kept byte for byte")
     return "\n".join(lines + _unreadable(manifest))
 
 

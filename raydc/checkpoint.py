@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from raydc import config as configs
@@ -83,7 +84,12 @@ def save_state(folder: Folder, state: TrainState, epoch: int) -> None:
 
 
 def _states(folder: Folder) -> list[str]:
-    return [one for one in folder.names("checkpoints") if folder.exists(f"checkpoints/{one}/state.pt")]
+    whole = [one for one in folder.names("checkpoints") if folder.exists(f"checkpoints/{one}/state.pt")]
+    return sorted(whole, key=_number)
+
+
+def _number(epoch_name: str) -> int:
+    return int(epoch_name.split("_")[1])
 
 
 def load_state(folder: Folder, state: TrainState) -> None:
@@ -117,7 +123,7 @@ def save_assignment(folder: Folder, assignment: Assignment) -> None:
 
 
 def _forget_assignments(folder: Folder) -> None:
-    epochs = sorted({one.split(".")[0] for one in folder.names("assignments") if one.endswith(".parquet")})
+    epochs = sorted({one.split(".")[0] for one in folder.names("assignments") if one.endswith(".parquet")}, key=_number)
     for old in epochs[:-KEEP_ASSIGNMENTS]:
         folder.delete(f"assignments/{old}.parquet")
         folder.delete(f"assignments/{old}.centroids.safetensors")
@@ -165,10 +171,14 @@ def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[
     if not folder.exists(file):
         raise UsageError(f"{folder.uri} holds no {file}; give the run directory of a finished run")
     data = folder.read(file)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (ValueError, SafetensorError):
+        raise UsageError(f"{folder.uri}/{file} is no safetensors file, or damaged; give a file that raydc wrote") from None
     metadata = header.get("__metadata__", {})
     if "model" not in metadata:
         raise UsageError(f"{folder.uri}/{file} does not say its architecture; give a file that raydc wrote")
     backbone = Backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))
-    backbone.load_state_dict(safetensors.torch.load(data), strict=True)
+    backbone.load_state_dict(tensors, strict=True)
     return backbone, metadata

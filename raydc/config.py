@@ -29,6 +29,14 @@ def _check(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _check_choices(section: str, config) -> None:
+    """Every field that is a choice holds one of its choices (the command line sees to it, other callers may not)."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            value, choices = getattr(config, name), typing.get_args(hint)
+            _check(value in choices, f"{section}{name} is {value!r}; give {', '.join(choices)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The backbone."""
@@ -49,6 +57,7 @@ class ModelConfig:
     """Standard deviation of the pixels in [0, 1], per channel."""
 
     def __post_init__(self) -> None:
+        _check_choices("model.", self)
         _check(self.width >= 4, f"model.width is {self.width}; give at least 4")
         _check(self.stem_stride in (1, 2, 4), f"model.stem_stride is {self.stem_stride}; give 1, 2 or 4")
         _check(min(self.std) > 0, f"model.std is {self.std}; give positive numbers")
@@ -105,10 +114,16 @@ class ImagesConfig:
     and a bias for each image (hue turns in YIQ), four times faster on a CPU."""
 
     def __post_init__(self) -> None:
+        _check_choices("images.", self)
         _check(self.size >= 4, f"images.size is {self.size}; give at least 4 pixels")
         _check(self.resize >= self.size, f"images.resize {self.resize} is below images.size {self.size}; raise it")
         low, high = self.crop_scale
         _check(0 < low <= high <= 1, f"images.crop_scale is {self.crop_scale}; give 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _check(0 < low <= high, f"images.crop_ratio is {self.crop_ratio}; give 0 < low <= high")
+        _check(self.cache_size >= 0, f"images.cache_size is {self.cache_size}; give 0 or more pixels")
+        _check(self.zoom < 1, f"images.zoom is {self.zoom}; give less than 1")
+        _check(self.shear < 90, f"images.shear is {self.shear}; give less than 90 degrees")
         for name in ("flip", "grayscale"):
             _check(0 <= getattr(self, name) <= 1, f"images.{name} is {getattr(self, name)}; give a probability")
         for name in ("brightness", "contrast", "saturation", "rotation", "zoom", "shear", "shift", "elastic"):
@@ -133,6 +148,7 @@ class ClusteringConfig:
     """Who runs k-means."""
 
     def __post_init__(self) -> None:
+        _check_choices("clustering.", self)
         _check(self.num_clusters != 1, "clustering.num_clusters is 1; give 2 or more, or 0 for num_images // 128")
         _check(self.num_clusters >= 0, f"clustering.num_clusters is {self.num_clusters}; give 2 or more, or 0")
         _check(self.pca_dim >= 1, f"clustering.pca_dim is {self.pca_dim}; give at least 1")
@@ -177,6 +193,7 @@ class TrainConfig:
     """torch.compile the network."""
 
     def __post_init__(self) -> None:
+        _check_choices("train.", self)
         for name in ("epochs", "batch_size", "plan_length", "lr"):
             _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
         for name in ("momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
@@ -198,6 +215,7 @@ class BankConfig:
 
     def __post_init__(self) -> None:
         _check(0 <= self.num_gpus <= 1, f"bank.num_gpus is {self.num_gpus}; give 0 to 1")
+        _check(self.threads >= 0, f"bank.threads is {self.threads}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +230,10 @@ class ProbeConfig:
     """Labels of each class the linear probe learns from; 0: all of num_images."""
     num_neighbours: int = 20
     """Neighbours that vote in the kNN probe."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("num_images", 1), ("images_per_class", 0), ("num_neighbours", 1)):
+            _check(getattr(self, name) >= least, f"probe.{name} is {getattr(self, name)}; give {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +266,8 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
+        _check_choices("", self)
+        _check(self.max_failures >= 0, f"max_failures is {self.max_failures}; give 0 or more")
         _check(self.num_workers >= 0, f"num_workers is {self.num_workers}; give 0 or more")
         workers = max(1, self.num_workers)
         _check(

@@ -204,5 +204,3 @@ def make_bank(config: Config, num_images: int, local: bool) -> Remote:
     gpus = config.bank.num_gpus if config.use_gpu == "yes" and not local else 0
     threads = config.bank.threads
     return Remote(FeatureBank, num_images, config.clustering, threads=threads, local=local, num_gpus=gpus)
-
-

@@ -324,6 +324,20 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
             print(f"a worker died ({cause}); starting again from the last commit point", flush=True)
 
 
+class _Trainer(TorchTrainer):
+    """TorchTrainer without its placement group cleaner, where Ray was started by this process and ends with it.
+
+    The cleaner asks the first dashboard it finds on the machine whether the controller lives. If that is another cluster's,
+    the answer is no, and it takes the workers' resources away in the middle of a run (seen with Ray 2.60).
+    """
+
+    def _create_default_callbacks(self):
+        callbacks = super()._create_default_callbacks()
+        if "RAY_ADDRESS" in os.environ:
+            return callbacks
+        return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> TorchTrainer:
     resources = {"CPU": 1}
     if use_gpu:
@@ -337,7 +351,7 @@ def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> Torc
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig("INFO" if job.config.verbose else "CRITICAL"),
     )
-    return TorchTrainer(
+    return _Trainer(
         loop,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
@@ -377,5 +391,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-

@@ -104,5 +104,3 @@ def summary(run: Run) -> dict:
 
 def _median(values: list[float]) -> float | None:
     return round(float(np.median(values)), 1) if values else None
-
-

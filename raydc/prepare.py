@@ -71,9 +71,7 @@ def choose(config: Config, data: Folder, manifest) -> Config:
         config,
         use_gpu=_yes(use_gpu),
         clustering=dataclasses.replace(config.clustering, num_clusters=k),
-        images=dataclasses.replace(
-            config.images, cache=_yes(stream.choose_cache(config, data, manifest)), decode=decode
-        ),
+        images=dataclasses.replace(config.images, cache=_yes(stream.choose_cache(config, data, manifest)), decode=decode),
         train=dataclasses.replace(
             config.train,
             precision=training.choose_precision(config.train.precision, "cuda" if use_gpu else "cpu"),

@@ -55,7 +55,17 @@ def nmi_of_kmeans(features_ND, labels, k: int, *, seed: int, whiten_dim: int = 0
 
 
 def evaluate(
-    train_ids, train_ND, train_labels, val_ids, val_MD, val_labels, config: ProbeConfig, *, seed: int, k: int, whiten_dim: int
+    train_ids,
+    train_ND,
+    train_labels,
+    val_ids,
+    val_MD,
+    val_labels,
+    config: ProbeConfig,
+    *,
+    seed: int,
+    k: int,
+    whiten_dim: int,
 ) -> dict[str, float | None]:
     """The four figures of a feature matrix, as fractions; None where labels are missing.
 

@@ -115,6 +115,5 @@ def in1k_resnet50_sobel() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe
-    for recipe in (digits, cifar10_resnet18, imagenette_resnet18, in1k_resnet50, in1k_resnet50_sobel)
+    recipe.__name__: recipe for recipe in (digits, cifar10_resnet18, imagenette_resnet18, in1k_resnet50, in1k_resnet50_sobel)
 }

@@ -189,8 +189,10 @@ def bank_killing_loop(job: Job):
 def draws_loop(job: Job):
     """Two epochs of a lopsided assignment: what each rank is given, and the extraction views twice."""
     run = Run(job)
-    passes = [gather(np.concatenate([ids for ids, _ in run.images.extract(split)] or [np.empty(0, int)]))
-              for split in ("train", "val", "train")]
+    passes = [
+        gather(np.concatenate([ids for ids, _ in run.images.extract(split)] or [np.empty(0, int)]))
+        for split in ("train", "val", "train")
+    ]
     epochs = []
     for epoch in range(2):
         labels = lopsided(run.sizes["train"])

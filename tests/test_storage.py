@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from raydc.config import UsageError
 from raydc.storage import Folder
 
 FULL_DISK = """
@@ -110,5 +111,5 @@ def test_awkward_names_are_ordinary(tmp_path, name):
 
 @pytest.mark.parametrize("uri", ["nfs4://server/run", "s4://bucket/x", "http//://x"])
 def test_a_place_nobody_can_open_is_named_with_the_remedy(uri):
-    with pytest.raises(ValueError, match=f"{uri}.*use a local path, s3://, gs:// or file://"):
+    with pytest.raises(UsageError, match=f"{uri}.*use a local path, s3://, gs:// or file://"):
         Folder(uri)

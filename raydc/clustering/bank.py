@@ -57,6 +57,12 @@ class FeatureBank:
         self._check(token)
         if self.whitening_ is None:
             sums = [self.moments[rank] for rank in sorted(self.moments)]
+            expected = self.num_images - int(self.unreadable.sum())
+            summed = sum(one.count for one in sums)
+            if summed != expected:
+                raise CoverageError(f"the ranks' sums hold {summed} images where {expected} were expected")
+            if not expected:
+                raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
             total = sum(sums[1:], start=sums[0])
             self.whitening_ = fit_whitening(total, self.config.pca_dim, self.config.whiten)
         return self.whitening_
@@ -66,21 +72,29 @@ class FeatureBank:
         self._check(token)
         if self.features is None:
             self.features = np.zeros((self.num_images, features_Bd.shape[1]), np.float32)
-        if len(image_ids) and not 0 <= image_ids.min() <= image_ids.max() < self.num_images:
-            raise CoverageError(f"an image_id is outside 0..{self.num_images - 1}; the shards changed under the run")
+        self._check_ids(image_ids)
         self.features[image_ids] = features_Bd
         self.covered[image_ids] = True
 
     def skip(self, token: str, image_ids: np.ndarray) -> None:
         """Images that could not be read in this pass; they get no pseudo-label."""
         self._check(token)
+        self._check_ids(image_ids)
         self.unreadable[image_ids] = True
+
+    def _check_ids(self, image_ids: np.ndarray) -> None:
+        ids = np.asarray(image_ids)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.num_images:
+            raise CoverageError(f"an image_id is outside 0..{self.num_images - 1}; the shards changed under the run")
 
     def cluster(self, token: str, epoch: int, seed: int, weights_hash: str) -> Assignment:
         """k-means of every readable image; CoverageError if one is missing, ValueError if k is above their number."""
         from raydc.clustering.kmeans import kmeans
 
         self._check(token)
+        self.covered &= ~self.unreadable
+        if self.unreadable.all():
+            raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
         missing = ~(self.covered | self.unreadable)
         if missing.any():
             first = np.flatnonzero(missing)[:3].tolist()

@@ -72,7 +72,7 @@ def _share(total: int, clusters: np.ndarray, num_clusters: int, seed: int) -> np
 
 def _rank_in_cluster(labels: np.ndarray, sizes: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Position of each row among its cluster's rows, ordered by ``key`` in [0, 1)."""
-    order = np.argsort(labels + key, kind="stable")
+    order = np.lexsort((key, labels))
     start = np.cumsum(sizes) - sizes
     rank = np.empty(len(labels), np.int64)
     rank[order] = np.arange(len(labels)) - start[labels[order]]

@@ -1,4 +1,5 @@
-"""PCA, whitening and L2 from sums that workers can add up (protocol 1a; faiss.PCAMatrix up to the sign of a direction).
+"""PCA, whitening and L2 from sums that workers can add up (protocol 1a; faiss.PCAMatrix up to the signs of its
+directions and, before the L2, a factor: faiss does not divide the covariance by N).
 
 N images, D feature dimensions, d kept dimensions.
 """
@@ -66,6 +67,8 @@ def fit_whitening(sums: Moments, dim: int, whiten: bool = True) -> Whitening:
     values, vectors = values[order], vectors[:, order]
     # The largest entry of a direction is positive, so that the outcome does not hang on the LAPACK at hand.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(vectors.shape[1])])
-    useful = values > max(values[0], 0) * NEGLIGIBLE
+    # Features that are all alike have nothing but rounding noise, which no share of the strongest direction tells apart.
+    noise = 1e-13 * np.trace(sums.gram_DD) / sums.count
+    useful = values > max(values[0] * NEGLIGIBLE, noise)
     scale = np.where(useful, 1 / np.sqrt(np.where(useful, values, 1)) if whiten else 1.0, 0.0)
     return Whitening(mean.astype(np.float32), (vectors * scale).astype(np.float32), int((~useful).sum()))

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ class ImageArray:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
-        return len(np.unique(self.heights)) == 1 and len(np.unique(self.widths)) == 1
+        return bool((self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all())
 
     def one(self, image_id: int) -> np.ndarray:
         """(H, W, 3), a view."""

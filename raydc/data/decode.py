@@ -101,9 +101,7 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(f"more pixels than the limit of {MAX_PIXELS:,}") from None
     except Image.UnidentifiedImageError:
         cut_off = data.startswith(MAGIC) or any(magic.startswith(data) for magic in MAGIC)
-        raise UnreadableImage(
-            "truncated" if cut_off else f"not an image (it starts with {data[:8]!r})"
-        ) from None
+        raise UnreadableImage("truncated" if cut_off else f"not an image (it starts with {data[:8]!r})") from None
     except Exception as error:
         raise UnreadableImage(_reason(error)) from None
     return image
@@ -130,9 +128,7 @@ def _scaled_to_8_bits(image: Image.Image) -> np.ndarray:
     """Gray values 0..65535 to 0..255; Pillow's own conversion would clip them."""
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise UnreadableImage(
-            f"pixels of {values.dtype} in no known range; convert the image to 8 bits first"
-        )
+        raise UnreadableImage(f"pixels of {values.dtype} in no known range; convert the image to 8 bits first")
     gray = (values.astype(np.float32) / 257).round().astype(np.uint8)
     return np.repeat(gray[:, :, None], 3, axis=2)
 
@@ -142,9 +138,7 @@ def _convert(data: bytes) -> tuple[np.ndarray, bool, list[str]]:
     image = _open(data)
     lossy, changes = image.format in LOSSY, _peculiarities(image, data)
     if not changes and image.format in ("JPEG", "MPO"):
-        changes = [
-            "irregular-jpeg"
-        ]  # Pillow passes over faults that libjpeg warns of; stored anew, without them
+        changes = ["irregular-jpeg"]  # Pillow passes over faults that libjpeg warns of; stored anew, without them
     if "exif-rotated" in changes:
         image = ImageOps.exif_transpose(image)
     return _to_rgb(image), lossy, changes

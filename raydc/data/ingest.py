@@ -110,9 +110,7 @@ def make_shards(
     written = each(_write_chunk, ((folder, chunk, short_side) for chunk in chunks))
     parts = _collect(written, sum(map(len, source.splits.values())), max_unreadable, expect or {}, progress)
     manifest = _manifest(folder, source, _close_gaps(folder, parts, each), options)
-    _check_expected(
-        {name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has"
-    )
+    _check_expected({name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has")
     check_files(folder, manifest)  # a second run into the same folder would have removed them
     folder.write_json(MANIFEST, manifest.to_json())
     return manifest
@@ -133,9 +131,7 @@ def _check_expected(found: dict[str, int], expect: dict[str, int] | None, where:
     for split, rows in (expect or {}).items():
         if found.get(split) != rows:
             counts = ", ".join(f"{name} {count:,}" for name, count in found.items())
-            raise IngestError(
-                f"{where} {counts}, but {split} {rows:,} is expected; check that the source is complete"
-            )
+            raise IngestError(f"{where} {counts}, but {split} {rows:,} is expected; check that the source is complete")
 
 
 def _listing_hash(source: Source) -> str:
@@ -149,25 +145,15 @@ def _listing_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _finished(
-    folder: Folder, options: dict[str, Any], expect: dict[str, int] | None, progress: bool
-) -> Manifest:
+def _finished(folder: Folder, options: dict[str, Any], expect: dict[str, int] | None, progress: bool) -> Manifest:
     """The manifest that is there, where it is of the same source and options; ValueError otherwise."""
     manifest = open_manifest(folder)
     mine, theirs = ({k: v for k, v in o.items() if k != "source"} for o in (options, manifest.options))
     if mine != theirs:
-        other = [
-            f"{name} {theirs.get(name)}, not {value}"
-            for name, value in mine.items()
-            if theirs.get(name) != value
-        ]
-        other = [text for text in other if not text.startswith("listing")] or [
-            "other images, names or labels"
-        ]
+        other = [f"{name} {theirs.get(name)}, not {value}" for name, value in mine.items() if theirs.get(name) != value]
+        other = [text for text in other if not text.startswith("listing")] or ["other images, names or labels"]
         raise ValueError(f"{folder.uri} holds shards of {'; '.join(other)}; give --overwrite or another DEST")
-    _check_expected(
-        {name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has"
-    )
+    _check_expected({name: split.rows for name, split in manifest.splits.items()}, expect, f"{folder.uri} has")
     if progress:
         print(f"{folder.uri} holds these shards already; nothing to do", file=sys.stderr)
     return manifest
@@ -179,17 +165,13 @@ def _clear(folder: Folder) -> None:
     stale = [f"{split}/{name}" for split in SPLITS for name in folder.names(split)]
     foreign += [name for name in stale if not PART.fullmatch(name.partition("/")[2])]
     if foreign:
-        raise ValueError(
-            f"{folder.uri} holds other files ({', '.join(foreign[:3])}); give an empty or new folder as DEST"
-        )
+        raise ValueError(f"{folder.uri} holds other files ({', '.join(foreign[:3])}); give an empty or new folder as DEST")
     folder.delete(MANIFEST)
     for name in stale:
         folder.delete(name)
 
 
-def _chunks(
-    source: Source, short_side: int | None, rows_per_shard: int | None, seed: int
-) -> Iterator[_Chunk]:
+def _chunks(source: Source, short_side: int | None, rows_per_shard: int | None, seed: int) -> Iterator[_Chunk]:
     """Each split's rows in a seeded random order, cut into shards of nearly equal size."""
     run = uuid.uuid4().hex[:8]
     for split, listing in source.splits.items():
@@ -212,9 +194,7 @@ def _rows_per_shard(sample: Listing, rows: int, short_side: int | None) -> int:
 # --- one task
 
 
-def _read_rows(
-    listing: Listing, short_side: int | None
-) -> tuple[dict[int, str], dict[int, bytes], Counter[str]]:
+def _read_rows(listing: Listing, short_side: int | None) -> tuple[dict[int, str], dict[int, bytes], Counter[str]]:
     """By row: why it is unreadable, or the bytes to store; and how many were changed, by reason."""
     unreadable, images, normalised = {}, {}, Counter()
     for row in range(len(listing)):
@@ -267,9 +247,7 @@ def _collect(
     """All parts, in the order of completion; IngestError as soon as too many images are unreadable."""
     parts: list[_Part] = []
     every_s = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants lines, not an animation
-    with tqdm(
-        total=rows, unit=" images", desc="make_shards", mininterval=every_s, disable=not progress
-    ) as bar:
+    with tqdm(total=rows, unit=" images", desc="make_shards", mininterval=every_s, disable=not progress) as bar:
         for part in written:
             parts.append(part)
             bar.update(part.rows)
@@ -278,16 +256,11 @@ def _collect(
     return parts
 
 
-def _close_gaps(
-    folder: Folder, parts: list[_Part], each: Callable[[Callable, Iterable], Iterator]
-) -> list[_Part]:
+def _close_gaps(folder: Folder, parts: list[_Part], each: Callable[[Callable, Iterable], Iterator]) -> list[_Part]:
     """The parts with dense ids: shards that hold rows beyond a split's last id are written again."""
     moves = {split: _moves([part for part in parts if part.split == split]) for split in SPLITS}
     moved = [part for part in parts if part.file and not moves[part.split].keys().isdisjoint(_places(part))]
-    done = {
-        part.file.name: part
-        for part in each(_renumber, ((folder, part, moves[part.split]) for part in moved))
-    }
+    done = {part.file.name: part for part in each(_renumber, ((folder, part, moves[part.split]) for part in moved))}
     return [done.get(part.file.name, part) if part.file else part for part in parts]
 
 
@@ -314,9 +287,7 @@ def _check_unreadable(parts: list[_Part], rows: int, max_unreadable: float, expe
             "repair or remove them, or raise --max-unreadable"
         )
     if any(one.split in expect for one in bad):
-        raise IngestError(
-            f"an image is unreadable ({first}), so --expect cannot be met; repair it, or expect fewer"
-        )
+        raise IngestError(f"an image is unreadable ({first}), so --expect cannot be met; repair it, or expect fewer")
 
 
 def _unreadable(parts: list[_Part]) -> list[Unreadable]:
@@ -331,12 +302,8 @@ def _manifest(folder: Folder, source: Source, parts: list[_Part], options: dict[
         files = tuple(part.file for part in mine if part.file)
         rows = sum(file.rows for file in files)
         if not rows:
-            raise IngestError(
-                f"no image of {split} is readable, so there is nothing to write to {folder.uri}"
-            )
-        splits[split] = Split(
-            rows=rows, files=files, num_unreadable=sum(len(part.unreadable) for part in mine)
-        )
+            raise IngestError(f"no image of {split} is readable, so there is nothing to write to {folder.uri}")
+        splits[split] = Split(rows=rows, files=files, num_unreadable=sum(len(part.unreadable) for part in mine))
         content[split] = [rows, f"{sum(part.content for part in mine) % 2**256:064x}"]
     normalised = sum((part.normalised for part in parts), Counter())
     return Manifest(
@@ -353,9 +320,7 @@ def _manifest(folder: Folder, source: Source, parts: list[_Part], options: dict[
 # --- here or on Ray
 
 
-def _runner(
-    source: Source, use_ray: bool | None, num_cpus: int | None
-) -> Callable[[Callable, Iterable], Iterator]:
+def _runner(source: Source, use_ray: bool | None, num_cpus: int | None) -> Callable[[Callable, Iterable], Iterator]:
     """A starmap in any order: in this process, or as Ray tasks."""
     if use_ray is None:
         use_ray = sum(map(_source_bytes, source.splits.values())) >= RAY_BYTES
@@ -390,9 +355,7 @@ def _as_tasks(function: Callable, arguments: Iterable[tuple], window: int) -> It
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), OSError):
             raise cause from None  # a full disk, say: without the worker's traceback
-        raise IngestError(
-            f"a Ray task failed ({str(error).splitlines()[-1]}); what is in DEST is not whole"
-        ) from error
+        raise IngestError(f"a Ray task failed ({str(error).splitlines()[-1]}); what is in DEST is not whole") from error
     finally:
         for left in pending:
             ray.cancel(left)

@@ -74,9 +74,7 @@ class Manifest:
         """The inverse of ``to_json``; ShardError for another format or for something that is no manifest."""
         version = value.get("format_version") if isinstance(value, dict) else None
         if version != FORMAT_VERSION:
-            raise ShardError(
-                f"the manifest has format version {version!r} and this raydc reads {FORMAT_VERSION}"
-            )
+            raise ShardError(f"the manifest has format version {version!r} and this raydc reads {FORMAT_VERSION}")
         try:
             return cls(**value | _typed(value))
         except (KeyError, TypeError, AttributeError) as error:

@@ -56,9 +56,7 @@ def content_sum(table: pa.Table) -> int:
     """The rows' SHA-256 digests, added modulo 2**256: the same in any order and any number of files."""
     total = 0
     for batch in table.to_batches(max_chunksize=ROW_GROUP):
-        for image_id, image, label, name in zip(
-            *(column.to_pylist() for column in batch.columns), strict=True
-        ):
+        for image_id, image, label, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             row = hashlib.sha256(f"{image_id} {label} {len(image)} {name}\0".encode())
             row.update(image)
             total += int.from_bytes(row.digest(), "big")
@@ -85,9 +83,7 @@ def check_files(folder: Folder, manifest: Manifest) -> None:
     found = folder.fs.get_file_info([folder.path(file.name) for file in files]) if files else []
     for file, info in zip(files, found, strict=True):
         if info.type == pa.fs.FileType.NotFound:
-            raise ShardError(
-                f"{folder.uri}/{file.name} is missing, though the manifest names it; {REMEDY} again"
-            )
+            raise ShardError(f"{folder.uri}/{file.name} is missing, though the manifest names it; {REMEDY} again")
         if info.size != file.bytes:
             raise ShardError(
                 f"{folder.uri}/{file.name} has {info.size:,} bytes and the manifest says {file.bytes:,}: "
@@ -129,7 +125,5 @@ def _by_image_id(folder: Folder, manifest: Manifest, split: str, column: str) ->
     ids = table["image_id"].to_numpy()
     order = np.argsort(ids, kind="stable")
     if not np.array_equal(ids[order], np.arange(manifest.splits[split].rows)):
-        raise ShardError(
-            f"{folder.uri}: the image_ids of {split} are not 0..{manifest.splits[split].rows - 1}; {REMEDY}"
-        )
+        raise ShardError(f"{folder.uri}: the image_ids of {split} are not 0..{manifest.splits[split].rows - 1}; {REMEDY}")
     return table, order

@@ -120,16 +120,12 @@ def list_source(
     folder).
     """
     if not 0 <= val_fraction < 1:
-        raise SourceError(
-            f"val_fraction is {val_fraction}; it is a share of the images, at least 0 and below 1"
-        )
+        raise SourceError(f"val_fraction is {val_fraction}; it is a share of the images, at least 0 and below 1")
     train_src, found_val, notes = _find_splits(src)
     train = _read(train_src, root)
     notes += train.notes
     if train.classes is not None and len(train.classes) == 1:
-        notes += (
-            f"all images of {train.what} are of one class ({train.classes[0]}), so the labels say nothing",
-        )
+        notes += (f"all images of {train.what} are of one class ({train.classes[0]}), so the labels say nothing",)
     if val is not None or found_val is not None:
         part = _read(val if val is not None else found_val, root)
         part, classes, more = _in_classes_of(train, part)
@@ -139,9 +135,7 @@ def list_source(
     held = hold_out(train.listing, val_fraction, seed)
     rest = np.setdiff1d(np.arange(len(train.listing)), held, assume_unique=True)
     splits = {"train": train.listing.take(rest), "val": train.listing.take(held)}
-    notes += (
-        f"no val split in the source: {len(held):,} of {len(train.listing):,} images are set aside as val",
-    )
+    notes += (f"no val split in the source: {len(held):,} of {len(train.listing):,} images are set aside as val",)
     return _source(splits, train.classes, notes, held_out=True)
 
 
@@ -153,9 +147,7 @@ def hold_out(listing: Listing, fraction: float, seed: int) -> np.ndarray:
         raise SourceError(f"{rows} image(s) cannot be split into train and val; give --val-fraction 0")
     rng = np.random.default_rng([seed, 1])
     labels = np.zeros(rows, np.int32) if listing.labels is None else listing.labels
-    by_class = np.split(
-        np.argsort(labels, kind="stable"), np.unique(np.sort(labels), return_index=True)[1][1:]
-    )
+    by_class = np.split(np.argsort(labels, kind="stable"), np.unique(np.sort(labels), return_index=True)[1][1:])
     quotas = _quotas(np.array([len(members) for members in by_class]), total)
     return np.sort(np.concatenate([rng.permutation(m)[:q] for m, q in zip(by_class, quotas, strict=True)]))
 
@@ -208,9 +200,7 @@ def _read(src: str | Path, root: str | Path | None) -> _Part:
         return _digits()
     path = Path(src).expanduser().absolute()
     if not path.exists():
-        raise SourceError(
-            f"{path} does not exist; SRC is a folder of images, a list file, a JSON file or 'digits'"
-        )
+        raise SourceError(f"{path} does not exist; SRC is a folder of images, a list file, a JSON file or 'digits'")
     if path.is_dir():
         return _folder(path)
     base = str(Path(root).expanduser().absolute() if root else path.parent)
@@ -229,9 +219,7 @@ def _folder(path: Path) -> _Part:
         top, folders = _scan(os.fsencode(path), skipped)
         below = {name: _walk(os.path.join(os.fsencode(path), name), name + b"/", skipped) for name in folders}
     except OSError as error:
-        raise SourceError(
-            f"{_text(error.filename)} cannot be listed ({error.strerror}); check its permissions"
-        ) from None
+        raise SourceError(f"{_text(error.filename)} cannot be listed ({error.strerror}); check its permissions") from None
     filled = {name: found for name, found in below.items() if found}
     notes = _skipped_note(path, skipped) + _empty_note(path, folders, filled)
     if top and filled:
@@ -240,17 +228,13 @@ def _folder(path: Path) -> _Part:
             "move them into a folder, or name images and labels in a list file"
         )
     if not top and not filled:
-        raise SourceError(
-            f"{path} holds no images{' (' + notes[0] + ')' if notes else ''}; is it the right folder?"
-        )
+        raise SourceError(f"{path} holds no images{' (' + notes[0] + ')' if notes else ''}; is it the right folder?")
     if top:
         return _Part(what=str(path), listing=_listing(path, top), notes=notes)
     return _class_tree(path, folders, below, notes)
 
 
-def _class_tree(
-    path: Path, folders: list[bytes], below: dict[bytes, list[bytes]], notes: tuple[str, ...]
-) -> _Part:
+def _class_tree(path: Path, folders: list[bytes], below: dict[bytes, list[bytes]], notes: tuple[str, ...]) -> _Part:
     sizes = [len(below[name]) for name in folders]
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), sizes)
     classes = tuple(map(_text, folders))
@@ -312,9 +296,7 @@ def _list_file(path: Path, root: str) -> _Part:
     if len(bare) == len(lines):
         return _Part(what=str(path), listing=_listing(root, [image for image, _ in pairs]))
     if bare:
-        raise SourceError(
-            f"line {bare[0]} of {path} has no label while others have; give all of them one, or none"
-        )
+        raise SourceError(f"line {bare[0]} of {path} has no label while others have; give all of them one, or none")
     labels, classes, numbered = _labels([label for _, label in pairs], path)
     listing = _listing(root, [image for image, _ in pairs], labels)
     return _Part(
@@ -328,9 +310,7 @@ def _list_file(path: Path, root: str) -> _Part:
 
 def _path_and_label(line: bytes) -> tuple[bytes, bytes | None]:
     parts = line.rsplit(maxsplit=1)
-    is_path = (
-        os.path.splitext(parts[-1])[1].lower() in IMAGE_EXTENSIONS
-    )  # "my cat.jpg" is a path with a space
+    is_path = os.path.splitext(parts[-1])[1].lower() in IMAGE_EXTENSIONS  # "my cat.jpg" is a path with a space
     return (line, None) if len(parts) == 1 or is_path else (parts[0], parts[1])
 
 
@@ -347,9 +327,7 @@ def _labels(tokens: list[bytes], path: Path) -> tuple[np.ndarray, tuple[str, ...
 def _numbers(labels: np.ndarray, path: Path) -> tuple[str, ...]:
     """Names for labels that are numbers: the numbers."""
     if labels.max() >= MAX_CLASSES:
-        raise SourceError(
-            f"label {labels.max()} in {path} is no class index; labels count from 0, or are class names"
-        )
+        raise SourceError(f"label {labels.max()} in {path} is no class index; labels count from 0, or are class names")
     return tuple(map(str, range(labels.max() + 1)))
 
 
@@ -369,26 +347,20 @@ def _inaturalist(path: Path, root: str) -> _Part:
         ids = [image["id"] for image in images]
         category = {one["image_id"]: one["category_id"] for one in annotations or ()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            f"{path} is no iNaturalist file (images, annotations, file_name, ...): {error!r}"
-        ) from None
+        raise SourceError(f"{path} is no iNaturalist file (images, annotations, file_name, ...): {error!r}") from None
     if not images:
         raise SourceError(f"{path} names no images")
     if not annotations:
         return _Part(what=str(path), listing=_listing(root, paths))
     missing = [one for one in ids if one not in category]
     if missing or len(annotations) != len(images):
-        raise SourceError(
-            f"{path} has {len(annotations):,} annotations for {len(images):,} images; it takes one for each"
-        )
+        raise SourceError(f"{path} has {len(annotations):,} annotations for {len(images):,} images; it takes one for each")
     labels = np.array([category[one] for one in ids])
     classes = _numbers(labels, path)
     named = {one["id"]: str(one["name"]) for one in content.get("categories", ())}
     if sorted(named) == list(range(len(classes))) and len(set(named.values())) == len(named):
         classes = tuple(named[i] for i in range(len(classes)))
-    return _Part(
-        what=str(path), listing=_listing(root, paths, labels.astype(np.int32)), classes=classes, numbered=True
-    )
+    return _Part(what=str(path), listing=_listing(root, paths, labels.astype(np.int32)), classes=classes, numbered=True)
 
 
 def _digits() -> _Part:
@@ -397,9 +369,7 @@ def _digits() -> _Part:
 
     digits = load_digits()
     paths = [b"digit_%04d.png" % i for i in range(len(digits.images))]
-    blobs = pa.array(
-        [_png((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images], pa.large_binary()
-    )
+    blobs = pa.array([_png((image * (255 / 16)).round().astype(np.uint8)) for image in digits.images], pa.large_binary())
     listing = replace(_listing("", paths, digits.target.astype(np.int32)), blobs=blobs)
     return _Part(what="digits", listing=listing, classes=tuple(map(str, range(10))))
 

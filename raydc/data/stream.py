@@ -200,19 +200,23 @@ def draw_rows(table: pa.Table, board: Remote) -> pa.Table:
     counts = travel.counts[ids]
     rows = np.repeat(np.arange(len(ids)), counts)
     first = np.cumsum(counts) - counts
-    own = pa.table({
-        "image_id": ids[rows],
-        "draw": np.arange(len(rows)) - np.repeat(first, counts),
-        "image": table["image"].take(pa.array(rows)).combine_chunks(),
-    })
+    own = pa.table(
+        {
+            "image_id": ids[rows],
+            "draw": np.arange(len(rows)) - np.repeat(first, counts),
+            "image": table["image"].take(pa.array(rows)).combine_chunks(),
+        }
+    )
     start, stop = np.searchsorted(travel.carriers, ids, "left"), np.searchsorted(travel.carriers, ids, "right")
     carried = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True) if b > a] or [np.empty(0, int)])
     where = np.searchsorted(travel.hot_ids, travel.image_ids[carried])
-    guests = pa.table({
-        "image_id": travel.image_ids[carried],
-        "draw": travel.draws[carried],
-        "image": pa.array([travel.hot_images[i] for i in where], pa.binary()),
-    })
+    guests = pa.table(
+        {
+            "image_id": travel.image_ids[carried],
+            "draw": travel.draws[carried],
+            "image": pa.array([travel.hot_images[i] for i in where], pa.binary()),
+        }
+    )
     return pa.concat_tables([own, guests.cast(own.schema)])
 
 

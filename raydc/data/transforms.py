@@ -225,14 +225,16 @@ def _turn_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def recolour_linear(x: torch.Tensor, parameters: Augmentation) -> torch.Tensor:
-    """All colour operations as one affine map of RGB for each image: brightness, contrast, saturation, hue, gray, no clamps."""
+    """All colour operations as one affine map of RGB for each image, without clamps between them."""
     num, _, height, width = x.shape
     gray = np.array(GRAY, np.float64)
     matrix = parameters.saturation[:, None, None] * np.eye(3) + (1 - parameters.saturation)[:, None, None] * gray
     matrix = _hue_matrices(parameters.hue) @ matrix
     matrix[parameters.grayscale] = gray
     scale = (parameters.brightness * parameters.contrast)[:, None, None]
-    mean = (_gray(x).mean((1, 2, 3)) * torch.from_numpy(parameters.brightness * (1 - parameters.contrast)).to(x.device))[:, None]
+    mean = (_gray(x).mean((1, 2, 3)) * torch.from_numpy(parameters.brightness * (1 - parameters.contrast)).to(x.device))[
+        :, None
+    ]
     # Rows of every matrix above sum to one, so the contrast's gray mean passes through them unchanged.
     weight = torch.from_numpy((scale * matrix).astype(np.float32)).to(x.device)
     out = torch.baddbmm(mean[:, :, None], weight, x.reshape(num, 3, height * width))
@@ -244,7 +246,7 @@ def _hue_matrices(turns: np.ndarray) -> np.ndarray:
     to_yiq = np.array([GRAY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = np.cos(2 * math.pi * turns), np.sin(2 * math.pi * turns)
     turn = np.zeros((len(turns), 3, 3))
-    turn[:, 0, 0], turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = 1, cos, -sin, sin, cos
+    turn[:, 0, 0], turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = 1, cos, sin, -sin, cos
     return np.linalg.inv(to_yiq) @ turn @ to_yiq
 
 

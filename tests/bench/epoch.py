@@ -75,7 +75,8 @@ def loop(job: Job) -> list[tuple[float, float]]:
         kept = {key: value.clone() for key, value in run.model.state_dict().items()}
         pairs.append((mine, bare(run)))
         run.model.load_state_dict(kept)
-        print(f"whole epoch {pairs[-1][0]:.1f} s, bare {pairs[-1][1]:.1f} s, share {pairs[-1][1] / pairs[-1][0]:.3f}", flush=True)
+        whole, alone = pairs[-1]
+        print(f"whole epoch {whole:.1f} s, bare {alone:.1f} s, share {alone / whole:.3f}", flush=True)
     return pairs
 
 

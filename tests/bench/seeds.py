@@ -1,7 +1,7 @@
 """A recipe over several seeds: mean and spread of its figures, wall and CPU seconds.
 
-    uv run python tests/bench/seeds.py digits --json digits.json
-    uv run python tests/bench/seeds.py cifar10_resnet18 --data SHARDS --runs runs/seeds --json cifar.json
+uv run python tests/bench/seeds.py digits --json digits.json
+uv run python tests/bench/seeds.py cifar10_resnet18 --data SHARDS --runs runs/seeds --json cifar.json
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def reduced(digits) -> np.ndarray:
     return fit_whitening(moments(digits[:NUM]), 16)(digits[:NUM])
 
 
-def opened() -> tuple[FeatureBank, str]:
-    bank = FeatureBank(NUM, CONFIG, threads=1)
+def opened(num: int = NUM) -> tuple[FeatureBank, str]:
+    bank = FeatureBank(num, CONFIG, threads=1)
     return bank, bank.open()
 
 
@@ -158,7 +158,7 @@ def test_whitening_does_not_hang_on_who_came_first(digits):
     pieces = [moments(piece / 16) for piece in np.array_split(digits.astype(np.float64) ** 1.5, 3)]
     found = []
     for order in itertools.permutations(range(3)):
-        bank, token = opened()
+        bank, token = opened(len(digits))
         for rank in order:
             bank.add_moments(token, rank, pieces[rank])
         found.append(bank.whitening(token))
@@ -170,11 +170,18 @@ def test_whitening_does_not_hang_on_who_came_first(digits):
 
 def test_sums_sent_twice_count_once(digits):
     """A call that Ray repeats."""
-    bank, token = opened()
+    bank, token = opened(len(digits))
     for _ in range(2):
         bank.add_moments(token, 0, moments(digits[:NUM]))
     bank.add_moments(token, 1, moments(digits[NUM:]))
     assert np.allclose(bank.whitening(token).mean_D, digits.mean(0), atol=1e-4)
+
+
+def test_a_rank_whose_sums_are_missing_is_noticed(digits):
+    bank, token = opened(len(digits))
+    bank.add_moments(token, 0, moments(digits[:NUM]))
+    with pytest.raises(CoverageError, match="hold 600 images where 1797"):
+        bank.whitening(token)
 
 
 def test_a_probe_is_evaluated_in_order_of_image_id_whoever_pushed(digits):

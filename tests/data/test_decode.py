@@ -111,17 +111,13 @@ def test_exif_rotation_is_applied_as_pillow_does(photo, orientation, kind):
     assert opened(stored).getexif().get(0x0112, 1) == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "becomes"), [("BMP", "PNG"), ("GIF", "PNG"), ("TIFF", "PNG"), ("WEBP", "JPEG")]
-)
+@pytest.mark.parametrize(("kind", "becomes"), [("BMP", "PNG"), ("GIF", "PNG"), ("TIFF", "PNG"), ("WEBP", "JPEG")])
 def test_other_formats_become_jpeg_or_png(photo, kind, becomes):
     data = encoded(photo, kind)
     stored, changes = normalise(data)
     assert kind.lower() in changes
     assert (opened(stored).format, opened(stored).mode) == (becomes, "RGB")
-    assert distance(decode(stored), np.asarray(opened(data).convert("RGB"))) < (
-        3 if becomes == "JPEG" else 1e-9
-    )
+    assert distance(decode(stored), np.asarray(opened(data).convert("RGB"))) < (3 if becomes == "JPEG" else 1e-9)
 
 
 def test_first_frame_of_an_animation(photo):
@@ -191,12 +187,7 @@ def png_of(pixels: np.ndarray, depth: int, colour_type: int, size: tuple[int, in
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", *(size or (width, height)), depth, colour_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in pixels)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (MAX_PIXELS // 10_000 + 1, 10_000)])

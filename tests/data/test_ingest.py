@@ -69,8 +69,7 @@ def fingerprint_by_hand(dest) -> str:
     for split in manifest.splits:
         rows = rows_of(dest, split)
         texts = {
-            i: f"{i} {row['label']} {len(row['image'])} {row['name']}\0".encode() + row["image"]
-            for i, row in rows.items()
+            i: f"{i} {row['label']} {len(row['image'])} {row['name']}\0".encode() + row["image"] for i, row in rows.items()
         }
         total = sum(int(hashlib.sha256(text).hexdigest(), 16) for text in texts.values()) % 2**256
         content[split] = [len(rows), f"{total:064x}"]
@@ -119,12 +118,7 @@ def test_fingerprint_is_of_the_content_not_of_the_files(digits_tree, tmp_path):
     a = make(digits_tree, tmp_path / "a", rows_per_shard=7)
     b = make(digits_tree, tmp_path / "b", rows_per_shard=60)
     assert len(a.splits["train"].files) != len(b.splits["train"].files)
-    assert (
-        a.fingerprint
-        == b.fingerprint
-        == fingerprint_by_hand(tmp_path / "a")
-        == fingerprint_by_hand(tmp_path / "b")
-    )
+    assert a.fingerprint == b.fingerprint == fingerprint_by_hand(tmp_path / "a") == fingerprint_by_hand(tmp_path / "b")
     (file,) = digits_tree.rglob("05.png")
     file.write_bytes(png(6))
     assert make(digits_tree, tmp_path / "c").fingerprint != a.fingerprint
@@ -143,28 +137,21 @@ def test_ids_are_dense_with_unreadable_images_anywhere(damaged_tree, tmp_path, r
     for row in rows.values():
         assert row["image"] == (damaged_tree / row["name"]).read_bytes()
     assert labels(Folder(dest), manifest, "train").tolist() == [rows[i]["label"] for i in range(56)]
-    assert {(int(Path(one.name).stem), one.split) for one in manifest.unreadable} == {
-        (n, "train") for n in BAD
-    }
+    assert {(int(Path(one.name).stem), one.split) for one in manifest.unreadable} == {(n, "train") for n in BAD}
     reasons = {int(Path(one.name).stem): one.reason for one in manifest.unreadable}
-    assert (
-        reasons[3] == "zero bytes" and reasons[17].startswith("not an image") and reasons[40] == "truncated"
-    )
+    assert reasons[3] == "zero bytes" and reasons[17].startswith("not an image") and reasons[40] == "truncated"
     assert manifest.fingerprint == fingerprint_by_hand(dest)
 
 
 def test_ids_with_unreadable_images_do_not_depend_on_the_shards(damaged_tree, tmp_path):
     found = {
-        make(damaged_tree, tmp_path / str(rows), rows_per_shard=rows, max_unreadable=0.1).fingerprint
-        for rows in (1, 7, 60)
+        make(damaged_tree, tmp_path / str(rows), rows_per_shard=rows, max_unreadable=0.1).fingerprint for rows in (1, 7, 60)
     }
     assert len(found) == 1
 
 
 def test_too_many_unreadable_images_stop_the_job(damaged_tree, tmp_path):
-    with pytest.raises(
-        IngestError, match=r"of 60 images are unreadable.*--max-unreadable 0.05.*png: "
-    ) as error:
+    with pytest.raises(IngestError, match=r"of 60 images are unreadable.*--max-unreadable 0.05.*png: ") as error:
         make(damaged_tree, tmp_path / "d", max_unreadable=0.05)
     assert "\n" not in str(error.value)
     with pytest.raises(ShardError, match=r"no manifest"):
@@ -183,9 +170,7 @@ def test_files_of_a_list_that_do_not_exist_are_unreadable(digits_tree, tmp_path)
     (digits_tree / "list.txt").write_text("\n".join([*lines, "gone.png 3"]))
     manifest = make(digits_tree / "list.txt", tmp_path / "d", max_unreadable=0.1)
     assert manifest.splits["train"].rows == 60
-    assert [(one.name, one.reason) for one in manifest.unreadable] == [
-        ("gone.png", "No such file or directory")
-    ]
+    assert [(one.name, one.reason) for one in manifest.unreadable] == [("gone.png", "No such file or directory")]
 
 
 def test_what_was_changed_is_counted(digits_tree, tmp_path):
@@ -209,9 +194,7 @@ def test_short_side(digits_tree, tmp_path):
     manifest = make(digits_tree, tmp_path / "d", short_side=4)
     assert manifest.normalised == {"resized": 60}
     assert manifest.options["short_side"] == 4
-    assert {
-        Image.open(io.BytesIO(row["image"])).size for row in rows_of(tmp_path / "d", "train").values()
-    } == {(4, 4)}
+    assert {Image.open(io.BytesIO(row["image"])).size for row in rows_of(tmp_path / "d", "train").values()} == {(4, 4)}
 
 
 def test_a_second_run_does_nothing(digits_tree, tmp_path, capsys):
@@ -313,9 +296,7 @@ def test_ray_gives_what_one_process_gives(damaged_tree, tmp_path, local_ray):
     there = make(damaged_tree, tmp_path / "there", use_ray=True, **options)
     assert there.fingerprint == here.fingerprint == fingerprint_by_hand(tmp_path / "there")
     assert there.unreadable == here.unreadable
-    assert {name: split.rows for name, split in there.splits.items()} == {
-        name: s.rows for name, s in here.splits.items()
-    }
+    assert {name: split.rows for name, split in there.splits.items()} == {name: s.rows for name, s in here.splits.items()}
     with pytest.raises(IngestError, match="unreadable"):
         make(damaged_tree, tmp_path / "again", use_ray=True, max_unreadable=0.01)
 
@@ -328,18 +309,14 @@ def test_real_photographs_one_of_them_cut_off(real_data, tmp_path):
         copy.write_bytes(file.read_bytes()[: 4000 if file is files[7] else None])
     manifest = make(tmp_path / "source", tmp_path / "d")
     assert manifest.splits["train"].rows == len(files) - 1
-    assert [(Path(one.name).name, one.reason) for one in manifest.unreadable] == [
-        (files[7].name, "truncated")
-    ]
+    assert [(Path(one.name).name, one.reason) for one in manifest.unreadable] == [(files[7].name, "truncated")]
     for row in rows_of(tmp_path / "d", "train").values():
         assert row["image"] == (real_data / "imagenette224" / "val" / row["name"]).read_bytes()
 
 
 def job(*arguments):
     command = [sys.executable, str(JOB), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=os.environ | {"PYTHONPATH": ""}, check=False
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=os.environ | {"PYTHONPATH": ""}, check=False)
 
 
 def test_command_line_ends_with_the_manifest(digits_tree, tmp_path):

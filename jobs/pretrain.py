@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         default=recipes["digits"],
         args=arguments,
         description=__doc__,
-        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes)[:1],
+        config=(tyro.conf.CascadeSubcommandArgs,),  # without a RECIPE the fields are those of digits
     )
 
 
@@ -43,10 +43,13 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     try:
-        config = parse()
-        from raydc.deepcluster import pretrain  # not before the command line is understood: it imports torch and Ray
+        config = parse(arguments)
+        from raydc.deepcluster import (
+            pretrain,
+            run_dir,
+        )  # not before the command line is understood: it imports torch and Ray
 
         result = pretrain(config)
     except UsageError as error:
@@ -59,9 +62,7 @@ def main() -> int:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
     print(table(result))
-    from raydc.storage import Folder
-
-    print(Folder(config.run_dir or f"runs/{config.recipe}").uri + "/result.json")
+    print(f"{run_dir(config).uri}/result.json")
     return 0
 
 

@@ -167,26 +167,26 @@ def pretrain(config: Config, callbacks=()) -> dict:
     """
     began = time.time()
     local = config.num_workers == 0
-    run_dir = Folder(config.run_dir or f"runs/{config.recipe}")
+    folder = run_dir(config)
     if not local:
         launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
-        launch.check_resources(config.num_workers, run_dir)
-    data, manifest = prepare.open_data(config, run_dir)
-    config = prepare.settle(config, run_dir, data, manifest)
-    if run_dir.exists("result.json"):
-        print(f"this run is finished; give another --run-dir to train again (its results are in {run_dir.uri})")
-        return run_dir.read_json("result.json")
+        launch.check_resources(config.num_workers, folder)
+    data, manifest = prepare.open_data(config, folder)
+    config = prepare.settle(config, folder, data, manifest)
+    if folder.exists("result.json"):
+        print(f"this run is finished; give another --run-dir to train again (its results are in {folder.uri})")
+        return folder.read_json("result.json")
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     job = Job(
         config=config,
-        run_dir=run_dir,
+        run_dir=folder,
         board=Remote(launch.Board, local=local, num_cpus=0),
         streams=streams,
         bank=make_bank(config, streams.sizes["train"], local),
         extras={"labels": Shared(prepare.read_labels(data, manifest), local=local)},
         began=began,
     )
-    print(prepare.headline(config, streams, run_dir), flush=True)
+    print(prepare.headline(config, streams, folder), flush=True)
     result = launch.fit(
         loop,
         job,
@@ -196,8 +196,13 @@ def pretrain(config: Config, callbacks=()) -> dict:
         callbacks=callbacks,
     )
     result |= {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()}
-    run_dir.write_json("result.json", result)
+    folder.write_json("result.json", result)
     return result
+
+
+def run_dir(config: Config) -> Folder:
+    """Where the run lives."""
+    return Folder(config.run_dir or f"runs/{config.recipe}")
 
 
 def make_bank(config: Config, num_images: int, local: bool) -> Remote:

@@ -77,7 +77,7 @@ def evaluate(
     train_ids, train_ND, train_labels = train_ids[known], train_ND[known], train_labels[known]
     if train_ND.shape[1] > WIDE:
         reduce = fit_whitening(moments(train_ND), REDUCED, whiten=False).project
-        train_ND, val_MD = reduce(train_ND), reduce(val_MD)
+        train_ND, val_MD = reduce(train_ND), reduce(val_MD) if len(val_MD) else val_MD
     num_classes = len(np.unique(train_labels))
     figures = {
         "nmi_labels": nmi_of_kmeans(train_ND, train_labels, k, seed=seed, whiten_dim=whiten_dim),

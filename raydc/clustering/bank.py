@@ -133,7 +133,9 @@ class FeatureBank:
         self._check(token)
         sides = []
         for name, by_id in zip(names, labels, strict=True):
-            ids, features = (np.concatenate(parts) for parts in self.probe[name])
+            # A split that is not there (no val was set aside) is one without rows.
+            parts = self.probe.get(name, ([np.empty(0, np.int64)], [np.empty((0, 1), np.float32)]))
+            ids, features = (np.concatenate(part) for part in parts)
             ids, first = np.unique(ids, return_index=True)
             sides += [ids, features[first], by_id[ids]]
         with threadpool_limits(self.threads):  # Ray starts actors with one BLAS thread

@@ -1,0 +1,145 @@
+"""The command line of jobs/pretrain.py, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from tiny import assignments
+
+from raydc import Folder, load_backbone, make_shards
+
+JOB = Path(__file__).resolve().parents[1] / "jobs" / "pretrain.py"
+TINY = "--num-workers 0 --train.batch-size 128 --train.plan-length 1 --train.threads 1 --model.width 4 --model.stem-stride 2"
+
+
+def job(*arguments: str) -> int:
+    """The exit code of the command line, run in this process."""
+    spec = importlib.util.spec_from_file_location("pretrain_job", JOB)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        recipe = [one for one in arguments[:1] if not one.startswith("--")]  # it stands before the fields
+        return module.main([*recipe, *TINY.split(), *arguments[len(recipe) :]])
+    except SystemExit as stop:  # the parser's own
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("run") / "digits"
+    assert job("--run-dir", str(run_dir), "--train.epochs", "2", "--train.schedule-epochs", "2") == 0
+    return run_dir
+
+
+def test_the_last_line_is_the_result_file_and_the_table_has_three_rows(tmp_path, capsys):
+    assert job("--run-dir", str(tmp_path), "--train.epochs", "1", "--train.schedule-epochs", "1") == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1] == f"{tmp_path}/result.json"
+    assert [line[:12].strip() for line in lines[-4:-1]] == ["raw pixels", "random init", "trained"]
+    for phase in ("extract", "cluster", "train"):
+        assert any(phase in line for line in lines)
+
+
+def test_result_json_holds_what_it_promises(finished):
+    result = json.loads((finished / "result.json").read_text())
+    facts = "recipe seed num_images num_clusters epochs data_fingerprint versions num_empty_clusters"
+    assert set(facts.split()) | {"metrics", "phase_s", "images_per_s"} <= set(result)
+    assert (result["recipe"], result["seed"], result["num_images"], result["num_clusters"]) == ("digits", 0, 1437, 100)
+    figures = ["nmi_labels", "nmi_classes", "knn_top1", "linear_top1"]
+    for key in [*figures, *(f"{f}_{row}" for f in figures for row in ("random", "pixels"))]:
+        assert 0 <= result["metrics"][key] <= 1
+    assert set(result["phase_s"]) >= {"extract", "cluster", "train", "start_up"}
+    # calibration: 20-NN of raw 8x8 digits .972, probe with ten labels a class .904 (another split: +- .04)
+    assert result["metrics"]["knn_top1_pixels"] == pytest.approx(0.972, abs=0.04)
+    assert result["metrics"]["linear_top1_pixels"] == pytest.approx(0.904, abs=0.04)
+
+
+def test_every_file_of_the_run_directory(finished):
+    assert set(assignments(finished)) == {"epoch_0000", "epoch_0001", "epoch_0002"}
+    table = pq.read_table(finished / "assignments/epoch_0002.parquet")
+    assert table.column_names == ["image_id", "cluster", "distance"]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["chosen"]["images"]["cache"] in ("yes", "no")
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert all({"epoch", "phase"} <= set(line) for line in lines)
+
+
+def test_the_backbone_loads_anywhere(finished):
+    tensors = safetensors.torch.load_file(finished / "backbone.safetensors")
+    assert "conv1.weight" in tensors
+    assert not any(key.startswith(("norm", "sobel", "head", "backbone")) for key in tensors)
+    backbone, metadata = load_backbone(Folder(str(finished)))
+    assert json.loads(metadata["model"])["architecture"] == "resnet10"
+    assert metadata["input_size"] == "16"
+    assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, backbone.feature_dim)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nosuch"], "nosuch"),
+        (["--train.nosuch", "3"], "--train.nosuch"),
+        (["--train.epochs", "many"], "--train.epochs"),
+        (["--train.lr", "0"], "train.lr is 0.0; give a positive number"),
+        (["--images.hue", "2"], "images.hue is 2.0; give 0 to 0.5"),
+        (["cifar10_resnet18"], "recipe cifar10_resnet18 needs images; make shards with jobs/make_shards.py"),
+        (["cifar10_resnet18", "--data", "nowhere"], "holds no manifest.json; make shards"),
+        (["cifar10_resnet18", "--data", "s3x://bucket"], "is not a place pyarrow can open"),
+        (["--clustering.num-clusters", "1438"], "clustering.num_clusters 1438 is above the number of images 1437; lower it"),
+        (["--use-gpu", "yes"], "needs 1 GPUs and 0 are there"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert job(*arguments) == 2
+    said = capsys.readouterr()
+    assert words in (said.out + said.err).replace("\n", " ")
+    assert "Traceback" not in said.err
+
+
+def test_a_run_directory_of_another_config_is_refused(finished, capsys):
+    assert job("--run-dir", str(finished), "--train.epochs", "2", "--train.schedule-epochs", "3") == 2
+    assert "train.schedule_epochs is 2 there and 3 here. Give another --run-dir" in capsys.readouterr().err
+
+
+def test_shards_that_changed_under_a_running_name_are_refused(tmp_path, capsys):
+    shards = tmp_path / "shards"
+    make_shards("digits", str(shards), use_ray=False, progress=False)
+    arguments = [
+        "--data",
+        str(shards),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--train.epochs",
+        "1",
+        "--train.schedule-epochs",
+        "1",
+    ]
+    assert job(*arguments) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(shards)
+    make_shards("digits", str(shards), seed=1, use_ray=False, progress=False)
+    assert job(*arguments) == 2
+    assert "are not those" in capsys.readouterr().err
+
+
+def test_images_without_labels_or_val_train_all_the_same(tmp_path, real_data, capsys):
+    """A flat folder of CIFAR images, no val split: figures that need labels are null."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in sorted((real_data / "cifar10/test").rglob("*.jpg"))[:150]:
+        shutil.copy(file, flat / f"{file.parent.name}_{file.name}")
+    make_shards(str(flat), str(tmp_path / "shards"), val_fraction=0, use_ray=False, progress=False)
+    more = ["--clustering.num-clusters", "20", "--train.epochs", "1", "--train.schedule-epochs", "1"]
+    assert job("cifar10_resnet18", "--data", str(tmp_path / "shards"), "--run-dir", str(tmp_path / "run"), *more) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["metrics"]["linear_top1"] is None
+    assert result["metrics"]["nmi_labels"] is None
+    assert result["metrics"]["loss"] > 0

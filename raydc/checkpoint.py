@@ -73,6 +73,15 @@ def _write(folder: Folder, path: str, data: bytes) -> None:
 # --- model and optimizer ------------------------------------------------------------------------------------------------
 
 
+def check_finite(model: nn.Module, epoch: int) -> None:
+    """RunError if a weight is not a number: the last update may diverge after the last look at the loss."""
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise RunError(
+            f"weights are not finite after epoch {epoch}; the checkpoint before it is kept: lower train.lr (or set "
+            "train.clip_norm) and start a new run directory"
+        )
+
+
 def save_state(folder: Folder, state: TrainState, epoch: int) -> None:
     """Commit the end of ``epoch``; ``checkpoints/epoch_0007/state.pt`` loads with ``weights_only=True``."""
     buffer = io.BytesIO()

@@ -7,7 +7,6 @@ scripts in ``jobs/``; a run directory keeps its configuration as JSON.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -80,7 +79,7 @@ class ImagesConfig:
     """Where streamed images are decoded: in threads of the training worker, or in Ray Data tasks on any node; auto:
     tasks when the cluster has more than 4 CPUs for each worker."""
     shuffle_buffer: int = 2048
-    """Encoded images a streaming worker holds to mix them."""
+    """Images a streaming worker holds to mix them: encoded, or as crops where data tasks decode."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area a random training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -144,8 +143,6 @@ class ClusteringConfig:
     """Divide each kept direction by its standard deviation."""
     iterations: int = 20
     """Iterations of k-means."""
-    engine: Literal["faiss"] = "faiss"
-    """Who runs k-means."""
 
     def __post_init__(self) -> None:
         _check_choices("clustering.", self)
@@ -214,7 +211,7 @@ class BankConfig:
     """CPU threads of k-means; 0: all CPUs of the bank's node (the workers wait meanwhile)."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.num_gpus <= 1, f"bank.num_gpus is {self.num_gpus}; give 0 to 1")
+        _check(0 <= self.num_gpus < 1, f"bank.num_gpus is {self.num_gpus}; give 0 or a share below 1")
         _check(self.threads >= 0, f"bank.threads is {self.threads}; give 0 or more")
 
 
@@ -268,6 +265,7 @@ class Config:
     def __post_init__(self) -> None:
         _check_choices("", self)
         _check(self.max_failures >= 0, f"max_failures is {self.max_failures}; give 0 or more")
+        _check(self.seed >= 0, f"seed is {self.seed}; give 0 or more")
         _check(self.num_workers >= 0, f"num_workers is {self.num_workers}; give 0 or more")
         workers = max(1, self.num_workers)
         _check(
@@ -292,12 +290,7 @@ def from_dict(cls, values: dict):
 def _from_json(hint, value):
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        return tuple(value)
-    if origin in (typing.Union, types.UnionType):
-        return value
-    return value
+    return tuple(value) if typing.get_origin(hint) is tuple else value
 
 
 def differences(ours, theirs, prefix: str = "") -> list[str]:

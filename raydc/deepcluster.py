@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -14,7 +15,7 @@ from raydc.clustering.assignment import Assignment
 from raydc.clustering.bank import CoverageError, FeatureBank
 from raydc.clustering.sampling import SamplingPlan, plain_plan, plan_length, uniform_plan
 from raydc.clustering.whitening import moments
-from raydc.config import Config, RunError
+from raydc.config import Config, RunError, UsageError
 from raydc.data import stream
 from raydc.launch import Job, Remote, Shared
 from raydc.measure import FIGURES, probe, push_probe, summary
@@ -66,13 +67,14 @@ def extract(run: Run, epoch: int) -> str:
         run.bank.send("skip", token, run.unreadable("train"))
         run.bank.flush()
     with run.together():
-        whitening = run.bank.whitening(token)
+        whitening = run.ask_bank("whitening", token)
         for block in in_blocks(len(ids)):
             run.bank.send("push", token, ids[block], whitening(features[block]))
         if run.probe_is_due(epoch):
             push_probe(run, token, "train", ids, features)
         run.bank.flush()
-    run.log(epoch, "extract", **clock.summary(run.worker.world_size), num_unreadable=len(run.unreadable("train")))
+    num_unreadable = round(run.worker.sum(len(run.unreadable("train"))))
+    run.log(epoch, "extract", **clock.summary(run.worker.sum(clock.images)), num_unreadable=num_unreadable)
     return token
 
 
@@ -80,18 +82,18 @@ def cluster(run: Run, epoch: int, token: str) -> Assignment:
     """k-means on the bank, committed by rank 0, read by all: what is trained on is what was committed."""
     if run.compute.device.type == "cuda":
         torch.cuda.empty_cache()  # the bank may share the device
+    digest = run.worker.broadcast(checkpoint.weights_hash(run.model.backbone) if run.worker.is_first else None)
     with run.together():
         if run.worker.is_first:
             began = time.perf_counter()
-            digest = checkpoint.weights_hash(run.model.backbone)
-            try:
-                assignment = run.bank.cluster(token, epoch, run.config.seed, digest)
-            except ValueError as error:
-                raise RunError(str(error)) from None
+            assignment = run.ask_bank("cluster", token, epoch, run.config.seed, digest)
             # Said before it is committed: a start that finds the commit finds the line, one that does not forgets it.
             run.log(epoch, "cluster", seconds=round(time.perf_counter() - began, 3), **run.describe(assignment))
             checkpoint.save_assignment(run.folder, assignment)
-    return checkpoint.load_assignment(run.folder, epoch)
+    assignment = run.load_assignment(epoch, digest)
+    if assignment is None:
+        raise RunError(f"{run.folder.uri} does not show every worker what rank 0 wrote; give a place that all nodes share")
+    return assignment
 
 
 def reassign(run: Run, assignment: Assignment) -> None:
@@ -106,7 +108,6 @@ def train(run: Run, assignment: Assignment) -> float:
     plan = make_plan(run.config, assignment)
     seed = derive(run.config.seed, "crops", epoch)
     num_steps = plan.num_draws // config.batch_size
-    torch.manual_seed(derive(run.config.seed, "torch", epoch, run.worker.rank))
     clock = Clock(time.perf_counter())
     loss = training.run_steps(
         run.trained,
@@ -121,9 +122,9 @@ def train(run: Run, assignment: Assignment) -> float:
         on_step=lambda step: run.progress(epoch, "train", step * config.batch_size),
     )
     equalise_statistics(run.model)
-    loss = run.worker.mean(loss)
+    loss = run.worker.sum(loss) / run.worker.world_size
     drawn = int((plan.counts > 0).sum())
-    run.log(epoch, "train", **clock.summary(run.worker.world_size), loss=round(loss, 4), num_images_drawn=drawn)
+    run.log(epoch, "train", **clock.summary(run.worker.sum(clock.images)), loss=round(loss, 4), num_images_drawn=drawn)
     return loss
 
 
@@ -139,6 +140,7 @@ def make_plan(config: Config, assignment: Assignment) -> SamplingPlan:
 def report(run: Run, epoch: int, loss: float) -> None:
     """The second commit point: model and optimizer, and a barrier for all workers."""
     if run.worker.is_first:
+        checkpoint.check_finite(run.model, epoch)
         checkpoint.save_state(run.folder, run.state, epoch)
         checkpoint.save_backbone(run.folder, run.model.backbone, run.config)
     metrics = {"epoch": epoch, "loss": loss}
@@ -201,11 +203,18 @@ def pretrain(config: Config, callbacks=()) -> dict:
 
 
 def run_dir(config: Config) -> Folder:
-    """Where the run lives."""
+    """Where the run lives; in a submitted job a relative path would lie in Ray's copy of the code, which Ray deletes."""
+    for field in ("run_dir", "data"):
+        place = getattr(config, field)
+        if "RAY_ADDRESS" in os.environ and place != "digits" and not ("://" in place or place.startswith(("/", "~"))):
+            flag = field.replace("_", "-")
+            raise UsageError(
+                f"--{flag} {place or '(none)'} is relative to a job's temporary folder; give a full path or a URI"
+            )
     return Folder(config.run_dir or f"runs/{config.recipe}")
 
 
 def make_bank(config: Config, num_images: int, local: bool) -> Remote:
     gpus = config.bank.num_gpus if config.use_gpu == "yes" and not local else 0
-    threads = config.bank.threads
-    return Remote(FeatureBank, num_images, config.clustering, threads=threads, local=local, num_gpus=gpus)
+    options = {"threads": config.bank.threads, "gpu": gpus > 0}
+    return Remote(FeatureBank, num_images, config.clustering, local=local, num_gpus=gpus, **options)

@@ -6,6 +6,8 @@ workers' words to the console, and starts again from the last commit point when 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -21,7 +23,6 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -55,7 +56,6 @@ def attach(num_cpus: int, verbose: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this process reaches a local Ray
     # Never a bare init(): it would try the address that a cluster which is gone left behind, for two minutes.
     home = str(Path(__file__).resolve().parents[1])  # workers find raydc wherever the job was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
@@ -78,15 +78,20 @@ def check_resources(num_workers: int, run_dir: Folder) -> None:
     need, have = num_workers + SPARE_CPUS, int(ray.cluster_resources().get("CPU", 0))
     if have < need:
         raise UsageError(
-            f"{num_workers} workers need {need} CPUs (one each, one for the bank, one for data) and the cluster has {have}; "
+            f"{num_workers} workers need {need} CPUs (one each, one for the bank, one for data), and {have} are there; "
             "lower --num-workers or add nodes"
         )
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and run_dir.is_local and not os.environ.get("RAYDC_SHARED_RUN_DIR"):
+    num_nodes = len(nodes())
+    if num_nodes > 1 and run_dir.is_local and not os.environ.get("RAYDC_SHARED_RUN_DIR"):
         raise UsageError(
-            f"the cluster has {nodes} nodes and --run-dir {run_dir.uri} is a path of one of them; give an s3:// or gs:// "
-            "URI, or set RAYDC_SHARED_RUN_DIR=1 if every node mounts that path"
+            f"the cluster has {num_nodes} nodes and --run-dir {run_dir.uri} is a path of one of them; give an s3:// or "
+            "gs:// URI, or set RAYDC_SHARED_RUN_DIR=1 if every node mounts that path"
         )
+
+
+def nodes() -> list[dict]:
+    """The cluster's living nodes, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 class Shared:
@@ -144,7 +149,7 @@ class Remote:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayActorError:
-            raise CoverageError("the bank's process died and lost its features; extract again") from None
+            raise CoverageError("the process that held it died, and what it held is lost") from None
 
 
 # --- what workers say ---------------------------------------------------------------------------------------------------
@@ -226,7 +231,9 @@ class Worker:
     @classmethod
     def here(cls, board: Remote, use_gpu: bool) -> Worker:
         context = ray.train.get_context()
-        device = ray.train.torch.get_device() if use_gpu else torch.device("cpu")
+        device = torch.device("cpu")
+        if use_gpu:  # in local mode there is no Ray to ask, and asking would start one
+            device = ray.train.torch.get_device() if ray.is_initialized() else torch.device("cuda:0")
         sizes = context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
         return cls(board, *sizes, device=device)
 
@@ -235,19 +242,24 @@ class Worker:
         return self.rank == 0
 
     def say(self, text: str) -> None:
+        self._post("line", text)
+
+    def _post(self, kind: str, value: Any) -> None:
+        """Words are not worth a run: where the board died, they are lost."""
         if self.is_first:
-            self.board.send("post", "line", text)
+            with contextlib.suppress(CoverageError):
+                self.board.send("post", kind, value)
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Moves the bar on the driver's console, a few times a second at most."""
         now = time.monotonic()
-        if self.is_first and now - self.told > 0.3:
+        if now - self.told > 0.3:
             self.told = now
-            self.board.send("post", "progress", (done, total, what))
+            self._post("progress", (done, total, what))
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (small), on every rank."""
@@ -265,13 +277,14 @@ class Worker:
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
 
-    def mean(self, value: float) -> float:
-        """Mean over the ranks."""
+    def sum(self, value: float) -> float:
+        """Over the ranks."""
         if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+            return float(value)
+        precision = torch.float64 if self.device.type == "cpu" else torch.float32
+        total = torch.tensor(value, dtype=precision, device=self.device)
         dist.all_reduce(total)
-        return total.item() / self.world_size
+        return total.item()
 
     def report(self, metrics: dict) -> None:
         """A barrier for all workers that tells Ray (and, through its callback, Tune) of the metrics.
@@ -312,16 +325,21 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
             job.run_dir.delete_folder(RAY_NOTES)
             return result
         except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError) as error:
-            final = _sentence(error)
-            if final is not None:
-                raise final from None
-            cause = _cause(error)
+            failures = _failures(error)
+            for one in failures:
+                if isinstance(one, RunError | UsageError):
+                    raise one from None
+            if not any(map(_is_death, failures)):
+                raise RunError(f"{_cause(failures)}; the same command with --verbose shows where") from (
+                    error if job.config.verbose else None
+                )
             if attempt == max_failures:
                 raise RunError(
-                    f"workers died {attempt + 1} times, the last time of: {cause}; the same command goes on from the last "
-                    "commit point (--verbose shows all of Ray's log)"
+                    f"workers died {attempt + 1} times, the last time of: {_cause(failures)}; the same command goes on "
+                    "from the last commit point (--verbose shows all of Ray's log)"
                 ) from None
-            print(f"a worker died ({cause}); starting again from the last commit point", flush=True)
+            print(f"a worker died ({_cause(failures)}); starting again from the last commit point", flush=True)
+            job = dataclasses.replace(job, began=time.time())
 
 
 class _Trainer(TorchTrainer):
@@ -364,20 +382,26 @@ def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> Torc
 
 
 def _failures(error: Exception) -> list[BaseException]:
+    """What the workers raised or died of, and the causes inside."""
     found: list[BaseException] = list(getattr(error, "worker_failures", {}).values()) or [error]
     for one in list(found):
         found += [inner for inner in (getattr(one, "cause", None), one.__cause__) if isinstance(inner, BaseException)]
     return found
 
 
-def _sentence(error: Exception) -> Exception | None:
-    """The loop's own RunError or UsageError among what the workers died of."""
-    return next((one for one in _failures(error) if isinstance(one, RunError | UsageError)), None)
+def _is_death(failure: BaseException) -> bool:
+    """A process or node that is gone, as Ray tells it, or a rank that lost its peer; not an error of the program."""
+    text = str(failure)
+    return isinstance(failure, ray.exceptions.RayActorError) or any(
+        sign in text for sign in ("health check failed", "actor died", "Connection closed by peer", "NCCL", "timed out")
+    )
 
 
-def _cause(error: Exception) -> str:
-    lines = [line.strip() for line in str(_failures(error)[0]).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+def _cause(failures: list[BaseException]) -> str:
+    """The last words of whoever failed first; a rank that only lost its peer is no cause."""
+    first = next((one for one in failures if "Connection closed by peer" not in str(one)), failures[0])
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(first).__name__
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import torch
 
-from raydc.models.norm import adapt_statistics, batchnorms, equalise_statistics
+from raydc.models.norm import adapt_statistics, equalise_statistics
 from raydc.run import Run, collect, in_blocks
 from raydc.training import Clock
 
@@ -22,17 +22,30 @@ def probe(run: Run, epoch: int, token: str) -> None:
     """kNN, linear probe and NMI of the features just extracted; before the first epoch also of what they must beat."""
     if not run.probe_is_due(epoch):
         return
-    clock = Clock(time.perf_counter())
+    rows = features_to_probe(run, epoch)  # passes over images have no part in what can fail below
     with run.together():
-        if "val" in run.sizes:
-            push_probe(run, token, "val", *collect(run, run.model.backbone, run.images.extract("val"), clock))
-        if epoch == 0:
-            push_baselines(run, token, clock)
+        for name, (ids, features) in rows.items():
+            push_probe(run, token, name, ids, features)
         run.bank.flush()
     with run.together():
         if run.worker.is_first:
             for row in ("untouched", "adapted", "pixels") if epoch == 0 else ("trained",):
                 _measure(run, epoch, token, row)
+
+
+def features_to_probe(run: Run, epoch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """This rank's features of the val split; before the first epoch also the baselines' of both splits."""
+    clock, rows = Clock(time.perf_counter()), {}
+    if "val" in run.sizes:
+        rows["val"] = collect(run, run.model.backbone, run.images.extract("val"), clock)
+    if epoch > 0:
+        return rows
+    models = {"adapted": adapted_backbone(run), "pixels": Pixels()}
+    for name, ids in (("train", run.probe_ids), ("val", None)):
+        for row, model in models.items():
+            if name in run.sizes:
+                rows[f"{row}_{name}"] = collect(run, model, run.images.extract(name, ids), clock)
+    return rows
 
 
 def _measure(run: Run, epoch: int, token: str, row: str) -> None:
@@ -54,19 +67,20 @@ def push_probe(run: Run, token: str, name: str, ids: np.ndarray, features: np.nd
         run.bank.send("push_probe", token, name, ids[block], features[block])
 
 
-def push_baselines(run: Run, token: str, clock: Clock) -> None:
-    """Features of the fresh weights with BatchNorm statistics adapted to the data, and raw pixels."""
-    adapted = copy.deepcopy(run.model.backbone)
-    if batchnorms(adapted):
-        batches = zip(range(ADAPT_BATCHES), run.images.extract("train", run.probe_ids), strict=False)
-        with run.compute.autocast():
-            adapt_statistics(adapted, (run.compute.place(pixels) for _, (_, pixels) in batches))
-    equalise_statistics(adapted)
-    for name, ids in (("train", run.probe_ids), ("val", None)):
-        for row, model in (("adapted", adapted), ("pixels", Pixels())):
-            if name in run.sizes:
-                features = collect(run, model, run.images.extract(name, ids), clock)
-                push_probe(run, token, f"{row}_{name}", *features)
+def adapted_backbone(run: Run) -> torch.nn.Module:
+    """The fresh weights with BatchNorm statistics of the data, averaged over the ranks that saw some of it."""
+    adapted, seen = copy.deepcopy(run.model.backbone), []
+
+    def pixels():
+        for _, (ids, batch) in zip(range(ADAPT_BATCHES), run.images.extract("train", run.probe_ids), strict=False):
+            if len(ids) > 1:  # one image has no variance
+                seen.append(len(ids))
+                yield run.compute.place(batch)
+
+    with run.compute.autocast():
+        adapt_statistics(adapted, pixels())
+    equalise_statistics(adapted, weight=sum(seen))
+    return adapted
 
 
 class Pixels(torch.nn.Module):
@@ -85,6 +99,9 @@ def summary(run: Run) -> dict:
         fresh = [value for row in ("untouched", "adapted") if (value := last(f"probe_{row}", key)) is not None]
         metrics |= {key: last("probe", key), f"{key}_random": max(fresh, default=None)}
         metrics[f"{key}_pixels"] = last("probe_pixels", key)
+    if len(run.probe_ids) < run.sizes["train"]:  # a part of the images cannot tell the NMI at the run's k
+        clusterings = journal.all("cluster", "nmi_labels") or [None]
+        metrics |= {"nmi_labels": clusterings[-1], "nmi_labels_random": clusterings[0], "nmi_labels_pixels": None}
     return {
         "recipe": run.config.recipe,
         "seed": run.config.seed,

@@ -47,8 +47,11 @@ def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
         facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
         run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
         return chosen
-    written = run_dir.read_json("config.json")
-    asked = configs.from_dict(Config, written["config"])
+    try:
+        written = run_dir.read_json("config.json")
+        asked = configs.from_dict(Config, written["config"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{run_dir.uri}/config.json is not one of a run; give another --run-dir") from None
     here = {name: getattr(config, name) for name in FREE_TO_CHANGE}
     others = configs.differences(config, dataclasses.replace(asked, **here))
     if others:
@@ -56,6 +59,8 @@ def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
     if written["data_fingerprint"] != manifest.fingerprint:
         raise UsageError(f"the shards in {data.uri} are not those {run_dir.uri} was started with; give another --run-dir")
     chosen = configs.from_dict(Config, written["chosen"])
+    if config.num_workers != asked.num_workers:  # the one choice that hangs on their number
+        chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, threads=_threads(config)))
     return dataclasses.replace(chosen, **here | {"use_gpu": _yes(launch.choose_gpu(config.use_gpu, config.num_workers))})
 
 
@@ -66,18 +71,28 @@ def choose(config: Config, data: Folder, manifest) -> Config:
     if k > num_images:
         raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
     use_gpu = launch.choose_gpu(config.use_gpu, config.num_workers)
+    cached = stream.choose_cache(config, data, manifest)
+    if not cached and config.num_workers == 0:
+        raise UsageError("these images are streamed through Ray, and num_workers 0 runs without it; give --num-workers 1")
     decode = "tasks" if stream.decode_in_tasks(config) else "worker"
     return dataclasses.replace(
         config,
         use_gpu=_yes(use_gpu),
         clustering=dataclasses.replace(config.clustering, num_clusters=k),
-        images=dataclasses.replace(config.images, cache=_yes(stream.choose_cache(config, data, manifest)), decode=decode),
+        images=dataclasses.replace(config.images, cache=_yes(cached), decode=decode),
         train=dataclasses.replace(
             config.train,
             precision=training.choose_precision(config.train.precision, "cuda" if use_gpu else "cpu"),
+            threads=_threads(config),
             channels_last="no" if config.train.channels_last == "no" else "yes",
         ),
     )
+
+
+def _threads(config: Config) -> int:
+    """On a cluster each node has its own CPUs and workers, and the worker decides."""
+    alone = config.num_workers == 0 or len(launch.nodes()) == 1
+    return training.choose_threads(config.train.threads, config.num_workers) if alone else config.train.threads
 
 
 def _yes(value: bool) -> str:

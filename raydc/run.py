@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch.nn.parallel import DistributedDataParallel
 
 from raydc import checkpoint, training
@@ -17,7 +18,7 @@ from raydc.clustering import diagnostics
 from raydc.clustering.assignment import Assignment
 from raydc.clustering.bank import CoverageError
 from raydc.clustering.sampling import plan_length
-from raydc.config import Config
+from raydc.config import Config, RunError
 from raydc.launch import Job, Worker
 from raydc.models.backbone import build_backbone
 from raydc.models.head import Classifier
@@ -30,7 +31,6 @@ from raydc.training import Clock, Compute
 BLOCK = 2048  # rows that travel to the bank at once
 
 
-@dataclass(init=False)
 class Run:
     """What the verbs of a loop work on: model, optimizer, images, bank, journal, and this worker's place."""
 
@@ -41,7 +41,12 @@ class Run:
         self.worker = Worker.here(job.board, use_gpu)
         threads = training.choose_threads(self.config.train.threads, self.worker.local_world_size)
         torch.set_num_threads(threads)
+        # numpy's BLAS too, which Ray starts with one thread: sums of outer products are most of a PCA.
+        threadpool_limits(threads)
+        if self.worker.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
         if self.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it before the first product
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         self.compute = Compute(self.worker.device, self.config.train.precision, self.config.train.channels_last == "yes")
@@ -76,19 +81,35 @@ class Run:
         if not self.worker.is_first:
             return
         self.journal.rewind(self.first_epoch, keep=None if committed else ("start",))
+        workers = self.journal.last("start", "num_workers")
         self.log(self.first_epoch, "start", seconds=round(time.time() - job.began, 2), num_workers=self.worker.world_size)
         if self.first_epoch > 0 or committed:
             where = "train, with the labels it had" if committed else "extract"
             if self.first_epoch == self.config.train.epochs:
                 where = "measuring the final features"
             self.worker.say(f"going on in epoch {self.first_epoch}: {where}")
+        if workers not in (None, self.worker.world_size):
+            now = f"{workers} workers before, {self.worker.world_size} now"
+            self.worker.say(f"{now}: BatchNorm sees batches of another size, so later epochs differ from an unbroken run's")
 
     def committed_assignment(self, epoch: int) -> Assignment | None:
         """The clustering that an earlier start committed for these very weights; the same answer on all ranks."""
         if epoch != self.first_epoch:
             return None
         digest = checkpoint.weights_hash(self.model.backbone) if self.worker.is_first else None
-        return checkpoint.load_assignment(self.folder, epoch, self.worker.broadcast(digest))
+        return self.load_assignment(epoch, self.worker.broadcast(digest))
+
+    def load_assignment(self, epoch: int, digest: str) -> Assignment | None:
+        """What rank 0 has committed for these weights, on every rank, or on none of them."""
+        found = checkpoint.load_assignment(self.folder, epoch, digest)
+        return found if self.worker.all_agree(found is not None) else None
+
+    def ask_bank(self, method: str, *args):
+        """The bank's answer; what it says the user must mend ends the run."""
+        try:
+            return getattr(self.bank, method)(*args)
+        except ValueError as error:
+            raise RunError(str(error)) from None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -35,6 +35,8 @@ def choose_precision(asked: str, device: str) -> str:
     """fp32 or bf16, from the machine alone, never from a stopwatch: two runs on one machine choose alike."""
     if asked != "auto":
         return asked
+    if device == "cuda" and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device == "cuda" or has_fast_bf16() else "fp32"
 
 
@@ -74,14 +76,14 @@ class Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def summary(self, world_size: int) -> dict[str, float]:
-        """``images_per_s`` counts all workers; ``cpu_s``, of this process, holds also where the machine is shared."""
+    def summary(self, images: float) -> dict[str, float]:
+        """``images`` are those of all workers; ``cpu_s``, of this process, holds also where the machine is shared."""
         seconds = self.seconds
         return {
             "seconds": round(seconds, 3),
             "waiting_s": round(self.waiting, 3),
             "cpu_s": round(time.process_time() - self.cpu, 2),
-            "images_per_s": round(self.images * world_size / max(seconds, 1e-9), 1),
+            "images_per_s": round(images / max(seconds, 1e-9), 1),
         }
 
 

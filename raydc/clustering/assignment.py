@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +20,6 @@ class Assignment:
         centroids: float32 (k, d), in the space that was clustered.
         objective: sum of ``distances``.
         weights_hash: hash of the weights whose features these are.
-        seconds: how long the phase's parts took.
     """
 
     epoch: int
@@ -29,7 +28,6 @@ class Assignment:
     centroids: np.ndarray
     objective: float
     weights_hash: str
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_clusters(self) -> int:

@@ -6,10 +6,10 @@ A plain class; launch makes it a Ray actor. Importing it loads neither faiss nor
 from __future__ import annotations
 
 import os
-import time
 import uuid
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from raydc.clustering.assignment import UNREADABLE, Assignment
 from raydc.clustering.whitening import Moments, Whitening, fit_whitening
@@ -28,9 +28,9 @@ class FeatureBank:
     group still sends gets in, and a bank that lost its memory says so. Pushes write by image_id and may be repeated.
     """
 
-    def __init__(self, num_images: int, config: ClusteringConfig, *, threads: int = 0) -> None:
+    def __init__(self, num_images: int, config: ClusteringConfig, *, threads: int = 0, gpu: bool = False) -> None:
         self.num_images, self.config = num_images, config
-        self.threads = threads or os.cpu_count() or 1
+        self.threads, self.gpu = threads or os.cpu_count() or 1, gpu
         self.token = ""
 
     def open(self) -> str:
@@ -64,7 +64,10 @@ class FeatureBank:
             if not expected:
                 raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
             total = sum(sums[1:], start=sums[0])
-            self.whitening_ = fit_whitening(total, self.config.pca_dim, self.config.whiten)
+            if not np.isfinite(total.gram_DD).all():
+                raise ValueError("features are not finite; lower train.lr and start a new run directory")
+            with threadpool_limits(self.threads):  # Ray starts actors with one BLAS thread
+                self.whitening_ = fit_whitening(total, self.config.pca_dim, self.config.whiten)
         return self.whitening_
 
     def push(self, token: str, image_ids: np.ndarray, features_Bd: np.ndarray) -> None:
@@ -100,7 +103,6 @@ class FeatureBank:
             first = np.flatnonzero(missing)[:3].tolist()
             raise CoverageError(f"{missing.sum()} of {self.num_images} images were not extracted (image_id {first}...)")
         rows = np.flatnonzero(self.covered)
-        began = time.perf_counter()
         features = self.features if len(rows) == self.num_images else self.features[rows]
         result = kmeans(
             features,
@@ -108,12 +110,12 @@ class FeatureBank:
             iterations=self.config.iterations,
             seed=derive(seed, "kmeans", epoch),
             threads=self.threads,
+            gpu=self.gpu,
         )
         labels = np.full(self.num_images, UNREADABLE, np.int32)
         distances = np.zeros(self.num_images, np.float32)
         labels[rows], distances[rows] = result.labels_N, result.distances_N
-        seconds = {"kmeans": time.perf_counter() - began}
-        return Assignment(epoch, labels, distances, result.centroids_kd, result.objective, weights_hash, seconds)
+        return Assignment(epoch, labels, distances, result.centroids_kd, result.objective, weights_hash)
 
     # --- probes: raw features of a labelled part of the images ---------------------------------------------------------
 
@@ -126,8 +128,6 @@ class FeatureBank:
 
     def run_probe(self, token: str, names: tuple[str, str], config: ProbeConfig, labels: tuple, **options) -> dict:
         """``probe.evaluate`` on what was pushed under the two names, in the order of image_id, whoever pushed it."""
-        from threadpoolctl import threadpool_limits
-
         from raydc.probe import evaluate
 
         self._check(token)
@@ -138,5 +138,5 @@ class FeatureBank:
             ids, features = (np.concatenate(part) for part in parts)
             ids, first = np.unique(ids, return_index=True)
             sides += [ids, features[first], by_id[ids]]
-        with threadpool_limits(self.threads):  # Ray starts actors with one BLAS thread
+        with threadpool_limits(self.threads):
             return evaluate(*sides, config, **options)

@@ -23,8 +23,10 @@ class KMeans:
         return float(self.distances_N.sum(dtype=np.float64))
 
 
-def kmeans(features_Nd: np.ndarray, k: int, *, iterations: int = 20, seed: int = 0, threads: int = 0) -> KMeans:
-    """Lloyd's algorithm as faiss runs it, on a GPU where this process is given one; ValueError if k > N or not finite."""
+def kmeans(
+    features_Nd: np.ndarray, k: int, *, iterations: int = 20, seed: int = 0, threads: int = 0, gpu: bool = False
+) -> KMeans:
+    """Lloyd's algorithm as faiss runs it, on ``gpu`` where there is one; ValueError if k > N or not finite."""
     import faiss  # its wheel and torch's are built for different CUDA versions: only the process that clusters loads it
 
     num, dim = features_Nd.shape
@@ -38,7 +40,7 @@ def kmeans(features_Nd: np.ndarray, k: int, *, iterations: int = 20, seed: int =
     clustering.seed = seed & 0x7FFFFFFF  # a C int
     clustering.max_points_per_centroid = 10_000_000  # no subsampling, as in the reference
     clustering.min_points_per_centroid = 1  # small clusters are reported by the diagnostics, not by faiss's warning
-    index = _index(faiss, dim)
+    index = _index(faiss, dim, gpu)
     with _threads(faiss, threads):
         clustering.train(features_Nd, index)
         distances, labels = index.search(features_Nd, 1)
@@ -62,7 +64,8 @@ def _threads(faiss, threads: int):
         faiss.omp_set_num_threads(before)
 
 
-def _index(faiss, dim: int):
-    if faiss.get_num_gpus() == 0:
+def _index(faiss, dim: int, gpu: bool):
+    """A process may see a GPU that is not its own: it is used only where the bank was given a share of it."""
+    if not gpu or faiss.get_num_gpus() == 0:
         return faiss.IndexFlatL2(dim)
     return faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim, faiss.GpuIndexFlatConfig())

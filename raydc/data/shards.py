@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from raydc.data.schema import COLUMNS, MANIFEST, Manifest, ShardError, ShardFile
 from raydc.storage import Folder
 
-ROW_GROUP = 256  # rows; what a reader holds at once, and the finest piece that can be read alone
+ROW_GROUP = 64  # rows; what a reader holds at once, and the finest piece that can be read alone
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.int64(), nullable=False),

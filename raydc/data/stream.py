@@ -7,6 +7,7 @@ lost on the way: Train's own split drops rows, so the extraction views are split
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from raydc.launch import Remote, Shared, Worker
 from raydc.seeding import derive, uniforms
 from raydc.storage import Folder
 
+READERS = 16  # files opened at once: their reading waits for disks and networks, not for a CPU
 BLOCK_BYTES = 16 << 20  # a smaller block reaches the first batch sooner than Ray Data's 128 MiB
 # Largest share of a global batch that one image may take where its draws leave the stream together; the draws of images
 # that are drawn more often travel with other rows, all over the epoch.
@@ -46,7 +48,7 @@ class Streams:
     cached: Shared | None = None
     datasets: dict = field(default_factory=dict)
     data_config: ray.train.DataConfig | None = None
-    board: Remote | None = None
+    plans: Remote | None = None
     row_index: Shared | None = None
     folder: Folder | None = None
 
@@ -81,9 +83,9 @@ def open_streams(config: Config, folder: Folder, manifest: Manifest, *, cached: 
     datasets = {"extract": _read(folder, manifest, "train"), "train": _read(folder, manifest, "train", shuffle=config.seed)}
     if "val" in splits:
         datasets["val"] = _read(folder, manifest, "val")
-    board = Remote(PlanBoard, local=local, num_cpus=0)
+    plans = Remote(PlanBoard, local=local, num_cpus=0)
     datasets["train"] = datasets["train"].map_batches(
-        draw_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"board": board}, zero_copy_batch=True
+        draw_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"plans": plans}, zero_copy_batch=True
     )
     if decode_in_tasks(config):
         for name in datasets:
@@ -91,10 +93,10 @@ def open_streams(config: Config, folder: Folder, manifest: Manifest, *, cached: 
                 cut_rows,
                 batch_size=32,
                 batch_format="pyarrow",
-                fn_kwargs={"config": config.images, "board": board if name == "train" else None},
+                fn_kwargs={"config": config.images, "plans": plans if name == "train" else None},
             )
     index = Shared(_row_index(folder, manifest), local=local)
-    return Streams(config, sizes, None, datasets, LosslessDataConfig(), board, index, folder)
+    return Streams(config, sizes, None, datasets, LosslessDataConfig(), plans, index, folder)
 
 
 def decode_in_tasks(config: Config) -> bool:
@@ -143,13 +145,14 @@ class PlanBoard:
     """Which plan the data tasks follow. The driver makes it, so that it outlives a worker group."""
 
     def __init__(self) -> None:
-        self.number, self.refs = 0, []
+        self.key, self.refs = "", []
 
     def publish(self, refs: list) -> None:
-        self.number, self.refs = self.number + 1, refs
+        # No counter: a data process may serve another run, or a board that was restarted, and must not take their plan.
+        self.key, self.refs = uuid.uuid4().hex, refs
 
-    def current(self) -> tuple[int, list]:
-        return self.number, self.refs
+    def current(self) -> tuple[str, list]:
+        return self.key, self.refs
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class Travel:
     image_ids: np.ndarray
     draws: np.ndarray
     hot_ids: np.ndarray
-    hot_images: list
+    hot_images: pa.Array
     seed: int
 
 
@@ -180,22 +183,23 @@ def plan_travel(plan: SamplingPlan, batch_size: int, seed: int, hot_images) -> T
     order = np.argsort(carriers, kind="stable")
     counts = plan.counts.copy()
     counts[hot_ids] = 0
-    return Travel(counts, carriers[order], image_ids[order], draws[order], hot_ids, hot_images(hot_ids), seed)
+    encoded = pa.array(hot_images(hot_ids), pa.large_binary())  # Arrow: read in place by every data process of a node
+    return Travel(counts, carriers[order], image_ids[order], draws[order], hot_ids, encoded, seed)
 
 
 _plan: dict = {}  # of this data process: the current plan, fetched once an epoch
 
 
-def current_travel(board: Remote) -> Travel:
-    number, refs = board.current()
-    if _plan.get("number") != number:
-        _plan.update(number=number, travel=refs[0].get())
+def current_travel(plans: Remote) -> Travel:
+    key, refs = plans.current()
+    if _plan.get("key") != key:
+        _plan.update(key=key, travel=refs[0].get())
     return _plan["travel"]
 
 
-def draw_rows(table: pa.Table, board: Remote) -> pa.Table:
+def draw_rows(table: pa.Table, plans: Remote) -> pa.Table:
     """Rows (image_id, image) of a block -> one row (image_id, draw, image) for each draw that leaves here."""
-    travel = current_travel(board)
+    travel = current_travel(plans)
     ids = table["image_id"].to_numpy()
     counts = travel.counts[ids]
     rows = np.repeat(np.arange(len(ids)), counts)
@@ -214,21 +218,21 @@ def draw_rows(table: pa.Table, board: Remote) -> pa.Table:
         {
             "image_id": travel.image_ids[carried],
             "draw": travel.draws[carried],
-            "image": pa.array([travel.hot_images[i] for i in where], pa.binary()),
+            "image": travel.hot_images.take(pa.array(where)),
         }
     )
     return pa.concat_tables([own, guests.cast(own.schema)])
 
 
-def cut_rows(table: pa.Table, config: ImagesConfig, board: Remote | None) -> pa.Table:
+def cut_rows(table: pa.Table, config: ImagesConfig, plans: Remote | None) -> pa.Table:
     """Decode in a data task: the crop (3 x size x size bytes) in place of the encoded image; null if unreadable."""
     ids, images = table["image_id"].to_numpy(), [_try_decode(data) for data in table["image"].to_pylist()]
     heights, widths = _sizes(images)
-    if board is None:
+    if plans is None:
         boxes, flips, columns = transforms.centre_boxes(config, heights, widths), np.zeros(len(ids), bool), {}
     else:
         draws = table["draw"].to_numpy()
-        drawn = transforms.draw_augmentation(config, current_travel(board).seed, ids, draws, heights, widths)
+        drawn = transforms.draw_augmentation(config, current_travel(plans).seed, ids, draws, heights, widths)
         boxes, flips, columns = drawn.box, drawn.flip, {"draw": draws}
     crops = [
         None if image is None else cut([image], box[None], np.array([flip]), config.size, _Inline).numpy().tobytes()
@@ -296,16 +300,15 @@ class StreamedImages:
 
     def train(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator:
         """This rank's share of the plan's draws, in parts of global batches: (image_ids, augmented pixels)."""
-        for batch in self.draws(plan, seed, batch_size):
-            yield self._train_batch(batch, seed)
+        return (self._train_batch(batch, seed) for batch in self.draws(plan, seed, batch_size))
 
     def draws(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[list[tuple[int, int, bytes]]]:
-        """The same, before decoding: lists of (image_id, draw, encoded image or crop)."""
+        """The same, before decoding: lists of (image_id, draw, encoded image or crop). The plan is published at once."""
         if self.worker.is_first:
             travel = plan_travel(plan, batch_size, seed, self._hot_images)
-            self.streams.board.publish([Shared(travel, local=False)])
+            self.streams.plans.publish([Shared(travel, local=False)])
         self.worker.barrier()  # a plan is in force before anybody's reading begins
-        yield from mixed(self._rows(), batch_size // self.worker.world_size, self.config.shuffle_buffer, seed)
+        return mixed(self._rows(), batch_size // self.worker.world_size, self.config.shuffle_buffer, seed)
 
     def _rows(self) -> Iterator[tuple[int, int, bytes]]:
         shard = ray.train.get_dataset_shard("train")
@@ -316,6 +319,9 @@ class StreamedImages:
     def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int):
         ids, draws = (np.array(column, np.int64) for column in zip(*((i, d) for i, d, _ in batch), strict=True))
         payload = [data for _, _, data in batch]
+        if None in payload:
+            bad = ids[payload.index(None)]
+            raise RunError(f"image_id {bad} can no longer be read; the shards changed under the run")
         if decode_in_tasks(self.streams.config):
             crops = self._unpack(pa.array(payload, pa.binary()))
             sizes = np.ones(len(ids), np.int64), np.ones(len(ids), np.int64)
@@ -375,24 +381,35 @@ class RowIndex:
 def _row_index(folder: Folder, manifest: Manifest) -> RowIndex:
     num, paths = manifest.splits["train"].rows, shards.shard_paths(folder, manifest, "train")
     file, group, row = np.zeros(num, np.int32), np.zeros(num, np.int32), np.zeros(num, np.int32)
-    for number, path in enumerate(paths):
+
+    def read(path: str) -> tuple[np.ndarray, list[int]]:
         parquet = pq.ParquetFile(path, filesystem=folder.fs)
-        ids = parquet.read(columns=["image_id"])["image_id"].to_numpy()
         lengths = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
-        file[ids] = number
-        group[ids] = np.repeat(np.arange(len(lengths)), lengths)
-        row[ids] = np.concatenate([np.arange(length) for length in lengths])
+        return parquet.read(columns=["image_id"])["image_id"].to_numpy(), lengths
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for number, (ids, lengths) in enumerate(pool.map(read, paths)):
+            file[ids] = number
+            group[ids] = np.repeat(np.arange(len(lengths)), lengths)
+            row[ids] = np.concatenate([np.arange(length) for length in lengths])
     return RowIndex(paths, file, group, row)
 
 
 def read_rows(folder: Folder, index: RowIndex, ids: np.ndarray) -> list[bytes]:
     """The encoded images of ``ids``, in their order, reading only the row groups that hold one."""
-    found: dict[int, bytes] = {}
-    for number in np.unique(index.file[ids]):
+
+    def read(number: int) -> dict[int, bytes]:
+        found: dict[int, bytes] = {}
         parquet = pq.ParquetFile(index.paths[number], filesystem=folder.fs)
         here = ids[index.file[ids] == number]
         for group in np.unique(index.group[here]):
             wanted = here[index.group[here] == group]
             column = parquet.read_row_group(int(group), columns=["image"])["image"]
             found.update(zip(wanted.tolist(), column.take(pa.array(index.row[wanted])).to_pylist(), strict=True))
-    return [found[i] for i in ids.tolist()]
+        return found
+
+    everything: dict[int, bytes] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for found in pool.map(read, np.unique(index.file[ids])):
+            everything |= found
+    return [everything[i] for i in ids.tolist()]

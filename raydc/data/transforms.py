@@ -9,7 +9,7 @@ B images in a batch, S the side of a crop in pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -248,9 +248,3 @@ def _hue_matrices(turns: np.ndarray) -> np.ndarray:
     turn = np.zeros((len(turns), 3, 3))
     turn[:, 0, 0], turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = 1, cos, sin, -sin, cos
     return np.linalg.inv(to_yiq) @ turn @ to_yiq
-
-
-def take(parameters: Augmentation, rows: np.ndarray) -> Augmentation:
-    """The parameters of some images of a batch."""
-    values = {spec.name: getattr(parameters, spec.name) for spec in fields(parameters)}
-    return Augmentation(**{name: None if value is None else value[rows] for name, value in values.items()})

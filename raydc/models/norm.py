@@ -30,18 +30,23 @@ def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 @torch.no_grad()
-def equalise_statistics(model: nn.Module) -> None:
-    """Average the running statistics over all ranks.
+def equalise_statistics(model: nn.Module, weight: float = 1.0) -> None:
+    """Average the running statistics over all ranks, each with its ``weight`` (images it saw; not all may be 0).
 
     Under DDP each rank's BatchNorm sees its own images; without this rank 1 would extract with another network than
     rank 0 (and only rank 0's would be saved).
     """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return
-    for norm in batchnorms(model):
-        for buffer in (norm.running_mean, norm.running_var):
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
+    buffers = [buffer for norm in batchnorms(model) for buffer in (norm.running_mean, norm.running_var)]
+    if not buffers:
+        return
+    total = torch.tensor(float(weight), device=buffers[0].device)
+    dist.all_reduce(total)
+    for buffer in buffers:
+        buffer *= weight
+        dist.all_reduce(buffer)
+        buffer /= total
 
 
 @torch.no_grad()

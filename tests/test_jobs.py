@@ -1,0 +1,91 @@
+"""The same command on a cluster: a real head on this machine, jobs submitted to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TINY = ["--train.batch-size", "128", "--train.plan-length", "1", "--model.width", "4", "--model.stem-stride", "2"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """The address of a head started from this environment; its job agent gets a port that no other Ray here has."""
+    port, dashboard, agent = free_port(), free_port(), free_port()
+    env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    env |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    options = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=4"]
+    log = open(tmp_path_factory.mktemp("head") / "log", "w")
+    command = [BIN / "ray", "start", "--head", *options, "--block", "--disable-usage-stats"]
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=log.name.rpartition("/")[0])
+    yield f"http://127.0.0.1:{dashboard}", env
+    process.terminate()
+    process.wait(60)
+
+
+def submit(head, *arguments: str, tries: int = 6) -> subprocess.CompletedProcess:
+    """Once the head's agent is up, which is some seconds after the dashboard answers."""
+    address, env = head
+    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ".", *arguments]
+    for _ in range(tries):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+        if "No available agent" not in done.stderr and "Failed to connect" not in done.stderr:
+            return done
+        time.sleep(5)
+    return done
+
+
+def test_a_job_trains_and_its_exit_code_and_log_arrive(head, tmp_path):
+    done = submit(head, "--", "python", "jobs/pretrain.py", "--run-dir", str(tmp_path), "--train.epochs", "1", *TINY)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"{tmp_path}/result.json" in done.stdout
+    assert "epoch   0/1  train" in done.stdout
+    assert json.loads((tmp_path / "result.json").read_text())["num_workers"] == 1
+
+
+def test_wrong_usage_in_a_job_fails_with_its_sentence(head, tmp_path):
+    done = submit(head, "--", "python", "jobs/pretrain.py", "--train.epochs", "1")
+    assert done.returncode != 0
+    assert "is relative to a job's temporary folder; give a full path or a URI" in done.stdout
+
+
+def test_a_stopped_job_goes_on(head, tmp_path):
+    address, env = head
+    long = [
+        "python",
+        "jobs/pretrain.py",
+        "--run-dir",
+        str(tmp_path),
+        "--train.epochs",
+        "60",
+        "--train.schedule-epochs",
+        "0",
+        *TINY,
+    ]
+    assert submit(head, "--no-wait", "--submission-id", "to-be-stopped", "--", *long).returncode == 0
+    deadline = time.time() + 240
+    while not list(tmp_path.glob("checkpoints/*/state.pt")):
+        assert time.time() < deadline, "the job never committed an epoch"
+        time.sleep(0.5)
+    stop = [BIN / "ray", "job", "stop", "--address", address, "to-be-stopped"]
+    assert subprocess.run(stop, env=env, capture_output=True, timeout=120).returncode == 0
+    assert not (tmp_path / "result.json").exists()
+    done = submit(head, "--", *long)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "going on in epoch" in done.stdout

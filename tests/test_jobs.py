@@ -31,12 +31,13 @@ def head(tmp_path_factory):
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     env |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     options = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=4"]
-    log = open(tmp_path_factory.mktemp("head") / "log", "w")
+    folder = tmp_path_factory.mktemp("head")
     command = [BIN / "ray", "start", "--head", *options, "--block", "--disable-usage-stats"]
-    process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=log.name.rpartition("/")[0])
-    yield f"http://127.0.0.1:{dashboard}", env
-    process.terminate()
-    process.wait(60)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
+        yield f"http://127.0.0.1:{dashboard}", env
+        process.terminate()
+        process.wait(60)
 
 
 def submit(head, *arguments: str, tries: int = 6) -> subprocess.CompletedProcess:

@@ -3,7 +3,8 @@
     uv run python tests/bench/epoch.py --data CIFAR_SHARDS --json epoch.json
 
 Ours: a Ray Train worker and the bank's actor. Bare: extraction, k-means and training steps of the same model, dtype and
-batch in the same worker, on pixels that are already there: no augmentation, PCA, bank, commits. Both run in turns (A B A B ...), the median of the ratios counts.
+batch in the same worker, on pixels that are already there: no augmentation, PCA, bank or commits. Both run in turns
+(A B A B ...), the median of the ratios counts.
 """
 
 from __future__ import annotations

@@ -70,6 +70,12 @@ def as_planes(images_BHWC: torch.Tensor) -> torch.Tensor:
     return images_BHWC.permute(0, 3, 1, 2).float()
 
 
+def take(parameters: Augmentation, rows: np.ndarray) -> Augmentation:
+    """The parameters of some images of a batch."""
+    values = {spec.name: getattr(parameters, spec.name) for spec in fields(parameters)}
+    return Augmentation(**{name: None if value is None else value[rows] for name, value in values.items()})
+
+
 # --- boxes --------------------------------------------------------------------------------------------------------------
 
 
@@ -83,12 +89,6 @@ def as_planes(images_BHWC: torch.Tensor) -> torch.Tensor:
         (64, 64, (0.9, 1.0), (0.5, 2.0)),
     ],
 )
-def take(parameters: Augmentation, rows: np.ndarray) -> Augmentation:
-    """The parameters of some images of a batch."""
-    values = {spec.name: getattr(parameters, spec.name) for spec in fields(parameters)}
-    return Augmentation(**{name: None if value is None else value[rows] for name, value in values.items()})
-
-
 def test_boxes_follow_torchvisions_law(height, width, scale, ratio):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)

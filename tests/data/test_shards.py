@@ -74,13 +74,13 @@ def test_columns_keep_rows_together(folder):
 
 
 def test_layout_of_a_shard(tmp_path):
-    rows = 600
+    rows = 150
     table = shard_table(list(range(rows)), [b"x" * 100] * rows, [None] * rows, ["n"] * rows)
     file = write_shard(Folder(tmp_path), "train/a.parquet", table)
     assert (file.rows, file.bytes) == (rows, (tmp_path / "train" / "a.parquet").stat().st_size)
     metadata = pq.ParquetFile(tmp_path / "train" / "a.parquet").metadata
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    assert sizes == [256, 256, 88]
+    assert sizes == [64, 64, 22]  # small groups: an image can be read again without much beside it
     columns = [metadata.row_group(0).column(i) for i in range(4)]
     assert {column.path_in_schema: column.compression for column in columns} == {
         "image_id": "ZSTD",

@@ -176,9 +176,12 @@ def save_backbone(folder: Folder, backbone: Backbone, config: configs.Config) ->
 
 
 def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[str, str]]:
-    """The network of a run directory (or of any such file) and its metadata; UsageError if it is not one of ours."""
+    """The network of a run directory (or of any such file), in eval mode, and its metadata.
+
+    UsageError if it is not one of ours.
+    """
     if not folder.exists(file):
-        raise UsageError(f"{folder.uri} holds no {file}; give the run directory of a finished run")
+        raise UsageError(f"{folder.uri} holds no {file}; give a run directory with a finished epoch")
     data = folder.read(file)
     try:
         tensors = safetensors.torch.load(data)
@@ -190,4 +193,4 @@ def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[
         raise UsageError(f"{folder.uri}/{file} does not say its architecture; give a file that raydc wrote")
     backbone = Backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))
     backbone.load_state_dict(tensors, strict=True)
-    return backbone, metadata
+    return backbone.eval(), metadata

@@ -170,10 +170,10 @@ def pretrain(config: Config, callbacks=()) -> dict:
     began = time.time()
     local = config.num_workers == 0
     folder = run_dir(config)
+    data, manifest = prepare.open_data(config, folder)
     if not local:
         launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
         launch.check_resources(config.num_workers, folder)
-    data, manifest = prepare.open_data(config, folder)
     config = prepare.settle(config, folder, data, manifest)
     if folder.exists("result.json"):
         print(f"this run is finished; give another --run-dir to train again (its results are in {folder.uri})")

@@ -324,6 +324,8 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
                 result = _trainer(loop, job, num_workers, use_gpu, callbacks).fit().return_value
             job.run_dir.delete_folder(RAY_NOTES)
             return result
+        except SystemExit:  # how Ray Train's own handler answers Ctrl-C
+            raise KeyboardInterrupt from None
         except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError) as error:
             failures = _failures(error)
             for one in failures:

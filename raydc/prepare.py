@@ -42,7 +42,7 @@ def read_labels(data: Folder, manifest) -> tuple[np.ndarray, np.ndarray]:
 
 def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
     """Every "auto" decided, once per run: written to config.json by the first start, reused by the later ones."""
-    if not run_dir.exists("config.json"):
+    if not run_dir.exists("config.json") or not run_dir.names("assignments"):  # nothing that another config could spoil
         chosen = choose(config, data, manifest)
         facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
         run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
@@ -104,7 +104,11 @@ def headline(config: Config, streams, run_dir: Folder) -> str:
     how = "cached" if streams.cached is not None else f"streamed, decoded in {config.images.decode}"
     workers = f"{config.num_workers} worker{'s' * (config.num_workers != 1)}" if config.num_workers else "in this process"
     where = "GPU" if config.use_gpu == "yes" else "CPU"
-    return (
-        f"raydc {config.recipe} · {streams.sizes['train']:,} images{held} · {config.clustering.num_clusters} clusters · "
-        f"{how} · {workers} on {where}, {config.train.precision} · {run_dir.uri}"
+    k, num_images = config.clustering.num_clusters, streams.sizes["train"]
+    text = (
+        f"raydc {config.recipe} · {num_images:,} images{held} · {k} clusters · {how} · {workers} on {where}, "
+        f"{config.train.precision} · {run_dir.uri}"
     )
+    if k < 10:
+        text += f"\nnote: {k} clusters are few; try --clustering.num-clusters {max(10, num_images // 10)}"
+    return text

@@ -30,6 +30,7 @@ from raydc.config import Config, ImagesConfig, ModelConfig, UsageError
 from raydc.models.backbone import build_backbone
 from raydc.models.head import Classifier
 from raydc.optim import build_optimizer
+from raydc.recipes import RECIPES
 from raydc.storage import Folder
 
 MODEL = ModelConfig(architecture="resnet10", width=4, stem="small", sobel=True)
@@ -260,9 +261,19 @@ def test_a_backbone_comes_back_as_the_same_function(tmp_path):
     assert metadata["recipe"] == "tiny"
 
 
+def test_a_loaded_backbone_gives_an_image_the_same_features_in_any_batch(tmp_path):
+    """So it comes in eval mode; in train mode BatchNorm would mix the images of a batch."""
+    config = RECIPES["digits"]()
+    checkpoint.save_backbone(Folder(tmp_path), build_backbone(config.model, 0), config)
+    backbone, _ = checkpoint.load_backbone(Folder(tmp_path))
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(pixels)[:2], backbone(pixels[:2]), rtol=1e-4, atol=1e-4)
+
+
 def test_a_missing_or_foreign_backbone_is_the_users_error(tmp_path):
     folder = Folder(tmp_path)
-    with pytest.raises(UsageError, match=r"holds no backbone.safetensors; give the run directory"):
+    with pytest.raises(UsageError, match=r"holds no backbone.safetensors; give a run directory"):
         load_backbone(folder)
     safetensors.torch.save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "timm.safetensors")
     with pytest.raises(UsageError, match=r"timm.safetensors does not say its architecture; give a file that raydc wrote"):

@@ -74,7 +74,7 @@ def test_a_stopped_job_goes_on(head, tmp_path):
         "--run-dir",
         str(tmp_path),
         "--train.epochs",
-        "60",
+        "20",
         "--train.schedule-epochs",
         "0",
         *TINY,

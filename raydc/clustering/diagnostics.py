@@ -33,7 +33,7 @@ def health(assignment: Assignment) -> dict:
 def verdict(counts: dict, num_images: int) -> str | None:
     """One sentence and its remedy where the clustering looks ill, else None."""
     k = counts["num_clusters"]
-    if counts["largest_cluster"] > 0.5:
+    if k >= 10 and counts["largest_cluster"] > 0.5:
         return (
             f"one cluster holds {counts['largest_cluster']:.0%} of the images: the features have collapsed; "
             "lower train.lr or add augmentation"

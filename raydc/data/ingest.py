@@ -363,9 +363,8 @@ def _as_tasks(function: Callable, arguments: Iterable[tuple], window: int) -> It
 
 def _attach(num_cpus: int | None) -> int:
     """Connect to Ray, starting it here where there is no cluster; returns the number of CPUs to use."""
-    import ray
-
-    from raydc import launch  # imports torch too, which a small set does without
+    from raydc import launch  # sets what Ray reads when it is imported, so it comes first; imports torch too
 
     launch.attach(num_cpus or os.cpu_count() or 1)
+    ray = launch.ray
     return num_cpus or max(1, int(ray.cluster_resources().get("CPU", 1)))

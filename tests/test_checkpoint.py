@@ -37,13 +37,7 @@ MODEL = ModelConfig(architecture="resnet10", width=4, stem="small", sobel=True)
 CONFIG = Config(recipe="tiny", model=MODEL, images=ImagesConfig(size=16, resize=20))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are fastest so, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fresh(seed: int) -> TrainState:

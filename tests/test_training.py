@@ -21,13 +21,7 @@ CPU = Compute(torch.device("cpu"), "fp32", channels_last=False)
 CONFIG = TrainConfig(epochs=10, batch_size=60, lr=0.1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are fastest so, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

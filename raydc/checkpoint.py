@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,13 @@ def name(epoch: int) -> str:
 
 def weights_hash(module: nn.Module) -> str:
     """Of every parameter and saved buffer, bit by bit."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in module.state_dict().items():
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], facts: str = "") -> str:
+    """Of names and values, in their order, after ``facts``."""
+    digest = hashlib.blake2b(facts.encode(), digest_size=16)
+    for key, value in tensors.items():
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

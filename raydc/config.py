@@ -80,6 +80,10 @@ class ImagesConfig:
     tasks when the cluster has more than 4 CPUs for each worker."""
     shuffle_buffer: int = 2048
     """Images a streaming worker holds to mix them: encoded, or as crops where data tasks decode."""
+    view: Literal["centre", "squash"] = "centre"
+    """What extraction sees: the centre of the image resized to resize, or all of it, squashed to a square (VOC SVM)."""
+    crop: Literal["resized", "square"] = "resized"
+    """Training crops: a random box, resized (RandomResizedCrop); or size pixels anywhere in the central square of resize."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area a random training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -108,6 +112,8 @@ class ImagesConfig:
     """Jitter: shift drawn from -h to h, in turns of the colour circle (at most 0.5)."""
     grayscale: float = 0.0
     """Probability that a crop loses its colours."""
+    lighting: float = 0.0
+    """AlexNet's colour noise: standard deviation of the shift along ImageNet's three principal colours."""
     colour: Literal["torchvision", "linear"] = "torchvision"
     """torchvision: jitter in random order with clamping, as in the references; linear: the same factors as one 3x3 matrix
     and a bias for each image (hue turns in YIQ), four times faster on a CPU."""
@@ -125,7 +131,7 @@ class ImagesConfig:
         _check(self.shear < 90, f"images.shear is {self.shear}; give less than 90 degrees")
         for name in ("flip", "grayscale"):
             _check(0 <= getattr(self, name) <= 1, f"images.{name} is {getattr(self, name)}; give a probability")
-        for name in ("brightness", "contrast", "saturation", "rotation", "zoom", "shear", "shift", "elastic"):
+        for name in ("brightness", "contrast", "saturation", "rotation", "zoom", "shear", "shift", "elastic", "lighting"):
             _check(getattr(self, name) >= 0, f"images.{name} is {getattr(self, name)}; give 0 or more")
         _check(0 <= self.hue <= 0.5, f"images.hue is {self.hue}; give 0 to 0.5")
         _check(self.shuffle_buffer >= 1, f"images.shuffle_buffer is {self.shuffle_buffer}; give at least 1")
@@ -166,12 +172,18 @@ class TrainConfig:
     """uniform: draw uniformly over the non-empty clusters; none: every image once."""
     lr: float = 0.05
     """Learning rate of SGD for a whole batch."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """constant, as in the paper; cosine falls to 0 at schedule_epochs."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """constant, as in the paper; cosine falls to 0 at schedule_epochs; step falls by gamma at each of the milestones."""
     schedule_epochs: int = 0
-    """Length of the schedule where it is not the length of the run; 0: epochs."""
+    """Length of the cosine where it is not the length of the run; 0: epochs."""
+    milestones: tuple[float, ...] = ()
+    """Epochs after which the step schedule falls."""
+    gamma: float = 0.1
+    """What the step schedule multiplies the rate by."""
     momentum: float = 0.9
     """Momentum of the backbone."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
     head_momentum: float = 0.0
     """Momentum of the head, forgotten at every reassignment; 0 in the references. Short epochs want the backbone's."""
     weight_decay: float = 1e-5
@@ -191,7 +203,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices("train.", self)
-        for name in ("epochs", "batch_size", "plan_length", "lr"):
+        for name in ("epochs", "batch_size", "plan_length", "lr", "gamma"):
             _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
         for name in ("momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
             _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch.nn.parallel import DistributedDataParallel
 
 from raydc import checkpoint, training
@@ -26,7 +24,7 @@ from raydc.models.norm import folded
 from raydc.optim import build_optimizer
 from raydc.seeding import derive, uniforms
 from raydc.tracking import Journal, sentence
-from raydc.training import Clock, Compute
+from raydc.training import Clock
 
 BLOCK = 2048  # rows that travel to the bank at once
 
@@ -39,17 +37,9 @@ class Run:
         self.folder, self.bank = job.run_dir, job.bank
         use_gpu = self.config.use_gpu == "yes"
         self.worker = Worker.here(job.board, use_gpu)
-        threads = training.choose_threads(self.config.train.threads, self.worker.local_world_size)
-        torch.set_num_threads(threads)
-        # numpy's BLAS too, which Ray starts with one thread: sums of outer products are most of a PCA.
-        threadpool_limits(threads)
-        if self.worker.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it before the first product
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        self.compute = Compute(self.worker.device, self.config.train.precision, self.config.train.channels_last == "yes")
+        self.compute, threads = training.open_compute(
+            self.config.train, self.worker.device, self.worker.local_world_size, deterministic=self.config.deterministic
+        )
         self.sizes: dict[str, int] = job.streams.sizes
         self.images = job.streams.open(self.worker, threads)
         self.streamed = job.streams.cached is None

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from raydc.config import RunError, TrainConfig
@@ -61,6 +63,22 @@ class Compute:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+
+
+def open_compute(
+    config: TrainConfig, device: torch.device, workers_on_node: int, *, deterministic: bool
+) -> tuple[Compute, int]:
+    """How this process computes, and with how many CPU threads; both are set for the whole process."""
+    threads = choose_threads(config.threads, workers_on_node)
+    torch.set_num_threads(threads)
+    # numpy's BLAS too, which Ray starts with one thread: sums of outer products are most of a PCA.
+    threadpool_limits(threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it before the first product
+        torch.use_deterministic_algorithms(True)
+    return Compute(device, config.precision, config.channels_last == "yes"), threads
 
 
 @dataclass
@@ -144,6 +162,10 @@ def run_inference(model: nn.Module, batches: Iterable, compute: Compute, clock: 
         yield image_ids, outputs.float().cpu()
 
 
+def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(scores.float(), labels)
+
+
 def run_steps(
     model: nn.Module,
     batches: Iterable,
@@ -156,15 +178,21 @@ def run_steps(
     num_steps: int,
     clock: Clock,
     on_step: Callable[[int], None],
+    criterion: Callable[[Any, torch.Tensor], torch.Tensor] = cross_entropy,
+    set_rate: Callable[[torch.optim.Optimizer, float], None] | None = None,
 ) -> float:
-    """Cross-entropy towards ``targets[image_id]``; the mean loss. RunError on a loss that is not finite."""
+    """One pass towards ``targets[image_id]``; the mean loss. RunError on a loss that is not finite.
+
+    ``criterion(outputs, labels)`` is a mean over the batch; ``set_rate(optimizer, epoch)`` replaces the config's schedule.
+    """
+    set_rate = set_rate or (lambda optimizer, now: set_learning_rate(optimizer, learning_rate(config, now)))
     model.train()
     total, window = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
     step = 0
     for step, (image_ids, pixels) in enumerate(timed(batches, clock), start=1):
-        set_learning_rate(optimizer, learning_rate(config, epoch + (step - 1) / num_steps))
+        set_rate(optimizer, epoch + (step - 1) / num_steps)
         labels = targets[torch.from_numpy(image_ids)].to(compute.device)
-        window += _one_step(model, pixels, labels, optimizer, config, compute)
+        window += _one_step(model, pixels, labels, optimizer, config, compute, criterion)
         if step % CHECK_EVERY == 0 or step == num_steps:
             _check_finite(window.item(), epoch, step)
             total, window = total + window, torch.zeros_like(window)
@@ -174,7 +202,7 @@ def run_steps(
     return total.item() / num_steps
 
 
-def _one_step(model, pixels, labels, optimizer, config: TrainConfig, compute: Compute) -> torch.Tensor:
+def _one_step(model, pixels, labels, optimizer, config: TrainConfig, compute: Compute, criterion) -> torch.Tensor:
     """Forward, backward over micro-batches, update. Gradients of ranks meet in the last micro-batch only."""
     pieces = list(torch.arange(len(labels)).split(config.micro_batch or len(labels)))
     loss_sum = torch.zeros((), device=compute.device)
@@ -184,8 +212,8 @@ def _one_step(model, pixels, labels, optimizer, config: TrainConfig, compute: Co
         last = number == len(pieces) or not hasattr(model, "no_sync")
         with contextlib.nullcontext() if last else model.no_sync():
             with compute.autocast():
-                scores = model(compute.place(pixels[whole]))
-            loss = F.cross_entropy(scores.float(), labels[whole]) * (len(piece) / len(labels))
+                outputs = model(compute.place(pixels[whole]))
+            loss = criterion(outputs, labels[whole]) * (len(piece) / len(labels))
             loss.backward()
         loss_sum += loss.detach()
     if config.clip_norm:

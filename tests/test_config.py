@@ -123,8 +123,8 @@ def test_negative_workers_are_refused():
 def test_an_unknown_field_is_named():
     with pytest.raises(UsageError, match="Config has no field learning_rate"):
         from_dict(Config, {"learning_rate": 1})
-    with pytest.raises(UsageError, match="TrainConfig has no field lars, nesterov"):
-        from_dict(Config, {"train": {"nesterov": True, "lr": 0.1, "lars": True}})
+    with pytest.raises(UsageError, match="TrainConfig has no field larc, lars"):
+        from_dict(Config, {"train": {"larc": True, "lr": 0.1, "lars": True}})
 
 
 def test_a_bad_value_in_json_is_refused_too():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from raydc.clustering.sampling import SamplingPlan
@@ -62,14 +63,19 @@ def estimate_bytes(folder: Folder, manifest: Manifest, split: str, cache_size: i
     return int(each * manifest.splits[split].rows)
 
 
-def decode_split(folder: Folder, manifest: Manifest, split: str, cache_size: int = 0) -> ImageArray:
-    """Decode a whole split, on all CPUs of this machine (decoders release the GIL)."""
+def decode_split(folder: Folder, manifest: Manifest, split: str, cache_size: int = 0, only=None) -> ImageArray:
+    """Decode a split, on all CPUs of this machine (decoders release the GIL).
+
+    ``only``: image_ids; all others stay empty, of height and width 0.
+    """
     rows = manifest.splits[split].rows
     heights, widths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     blocks: list[tuple[np.ndarray, list[np.ndarray]]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for file in manifest.splits[split].files:
             table = shards.read_shard(folder, file.name, ["image_id", "image"])
+            if only is not None:
+                table = table.filter(pa.array(np.isin(table["image_id"].to_numpy(), only)))
             ids = table["image_id"].to_numpy()
             images = list(pool.map(lambda data: _kept(decode(data), cache_size), table["image"].to_pylist()))
             heights[ids], widths[ids] = [i.shape[0] for i in images], [i.shape[1] for i in images]

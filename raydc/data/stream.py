@@ -60,11 +60,12 @@ class Streams:
         return StreamedImages(self, worker, threads)
 
 
-def choose_cache(config: Config, folder: Folder, manifest: Manifest) -> bool:
+def choose_cache(config: Config, folder: Folder, manifest: Manifest, train_share: float = 1.0) -> bool:
     """Whether the decoded images are kept in memory: where they fit half of a node's object store."""
     if config.images.cache != "auto":
         return config.images.cache == "yes"
-    need = sum(cache.estimate_bytes(folder, manifest, split, config.images.cache_size) for split in manifest.splits)
+    sizes = {s: cache.estimate_bytes(folder, manifest, s, config.images.cache_size) for s in manifest.splits}
+    need = sum(size * (train_share if split == "train" else 1) for split, size in sizes.items())
     return need <= _object_store_bytes() / 2
 
 
@@ -74,12 +75,14 @@ def _object_store_bytes() -> float:
     return min(n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["Alive"])
 
 
-def open_streams(config: Config, folder: Folder, manifest: Manifest, *, cached: bool, local: bool) -> Streams:
-    """Both views of the shards; decoding into the array happens here, once."""
+def open_streams(
+    config: Config, folder: Folder, manifest: Manifest, *, cached: bool, local: bool, only: np.ndarray | None = None
+) -> Streams:
+    """Both views of the shards; decoding into the array happens here, once. ``only``: ids of train that plans will draw."""
     splits = [split for split in ("train", "val") if split in manifest.splits and manifest.splits[split].rows]
     sizes = {split: manifest.splits[split].rows for split in splits}
     if cached:
-        return Streams(config, sizes, cached=_decode_all(config, folder, manifest, splits, local))
+        return Streams(config, sizes, cached=_decode_all(config, folder, manifest, splits, local, only))
     datasets = {"extract": _read(folder, manifest, "train"), "train": _read(folder, manifest, "train", shuffle=config.seed)}
     if "val" in splits:
         datasets["val"] = _read(folder, manifest, "val")
@@ -105,9 +108,11 @@ def decode_in_tasks(config: Config) -> bool:
     return ray.is_initialized() and ray.cluster_resources().get("CPU", 0) > 4 * max(1, config.num_workers)
 
 
-def _decode_all(config: Config, folder: Folder, manifest: Manifest, splits: list[str], local: bool) -> Shared:
+def _decode_all(config: Config, folder: Folder, manifest: Manifest, splits: list[str], local: bool, only) -> Shared:
     def decode_all():
-        return {split: cache.decode_split(folder, manifest, split, config.images.cache_size) for split in splits}
+        wanted = {split: only if split == "train" else None for split in splits}
+        size = config.images.cache_size
+        return {split: cache.decode_split(folder, manifest, split, size, ids) for split, ids in wanted.items()}
 
     # A task's result has a lineage: it is made again should its node be lost.
     return Shared(decode_all() if local else ray.remote(decode_all).remote(), local=local)

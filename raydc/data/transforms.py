@@ -21,6 +21,9 @@ from raydc.seeding import derive, uniforms
 
 TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
 GRAY = (0.2989, 0.587, 0.114)  # torchvision's luma weights
+# Principal colours of ImageNet's pixels in [0, 1] and their strengths (protocol 3.1, 12): rows R, G, B; a column each.
+PRINCIPAL = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+STRENGTH = (0.2175, 0.0188, 0.0045)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class Augmentation:
     hue: np.ndarray
     order: np.ndarray  # int64 (B, 4): order of the four colour operations
     grayscale: np.ndarray  # bool
+    lighting: np.ndarray | None = None  # (B, 3): what is added to R, G and B, in 0..255
 
 
 def draw_augmentation(
@@ -53,7 +57,7 @@ def draw_augmentation(
     if config.elastic:
         elastic = _normal(numbers("elastic", 64)).reshape(num, 4, 4, 2).astype(np.float32) * config.elastic * 2
     return Augmentation(
-        box=_random_boxes(config, numbers("box", 2 * TRIES + 2), heights, widths),
+        box=_boxes(config, numbers("box", 2 * TRIES + 2), heights, widths),
         flip=numbers("flip", 1)[:, 0] < config.flip,
         matrix=_warp_matrices(config, numbers("warp", 6)),
         elastic=elastic,
@@ -63,6 +67,7 @@ def draw_augmentation(
         hue=((2 * colour[:, 3] - 1) * config.hue).astype(np.float32),
         order=np.argsort(numbers("order", 4), axis=1),
         grayscale=numbers("grayscale", 1)[:, 0] < config.grayscale,
+        lighting=_lighting(config, numbers("lighting", 6) if config.lighting else np.zeros((num, 6))),
     )
 
 
@@ -74,6 +79,25 @@ def _normal(u: np.ndarray) -> np.ndarray:
 
 def _factor(u: np.ndarray, amount: float) -> np.ndarray:
     return (max(0.0, 1 - amount) + u * (1 + amount - max(0.0, 1 - amount))).astype(np.float32)
+
+
+def _lighting(config: ImagesConfig, u: np.ndarray) -> np.ndarray:
+    """One shift of all pixels an image: principal colours times their strengths times N(0, ``lighting``)."""
+    alphas = _normal(u) * config.lighting * np.array(STRENGTH)
+    return (255 * alphas @ np.array(PRINCIPAL).T).astype(np.float32)
+
+
+def _boxes(config: ImagesConfig, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    return (_random_boxes if config.crop == "resized" else _square_boxes)(config, u, heights, widths)
+
+
+def _square_boxes(config: ImagesConfig, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Resize and CenterCrop to ``resize``, then a RandomCrop of ``size`` (protocol 4, Places205): boxes in the source."""
+    square = np.minimum(heights, widths)
+    side = np.maximum(np.rint(square * config.size / config.resize), 1)
+    top = (heights - square) // 2 + np.floor(u[:, -2] * (square - side + 1))
+    left = (widths - square) // 2 + np.floor(u[:, -1] * (square - side + 1))
+    return np.stack([top, left, side, side], 1).astype(np.int64)
 
 
 def _random_boxes(config: ImagesConfig, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
@@ -110,10 +134,12 @@ def _warp_matrices(config: ImagesConfig, u: np.ndarray) -> np.ndarray:
 
 
 def centre_boxes(config: ImagesConfig, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Resize to ``resize``, then crop the centre to ``size``: one box (B, 4) in the source's pixels.
+    """Resize to ``resize``, then crop the centre to ``size``: one box (B, 4) in the source's pixels. Or the whole image.
 
     Integer like torchvision's CenterCrop, so that a source of exactly ``size`` pixels comes through untouched.
     """
+    if config.view == "squash":
+        return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], 1)
     side = np.rint(np.minimum(heights, widths) * config.size / config.resize).astype(np.int64)
     side = np.maximum(side, 1)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)
@@ -167,6 +193,8 @@ def augment(crops: torch.Tensor, parameters: Augmentation, config: ImagesConfig)
     if any((config.brightness, config.contrast, config.saturation, config.hue, config.grayscale)):
         recolour = recolour_linear if config.colour == "linear" else recolour_torchvision
         x = recolour(x, parameters)
+    if config.lighting and parameters.lighting is not None:
+        x = x + torch.from_numpy(parameters.lighting).to(x.device)[:, :, None, None]
     return x
 
 

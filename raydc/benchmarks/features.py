@@ -1,0 +1,285 @@
+"""Features extracted once and shared: by backbone, data and view, in a folder of blocks that is whole or not there.
+
+N images, D dimensions. Taps: "avgpool" is the feature before the head, (N, D); "layers" are feature1..feature5, each
+average-pooled to the protocol's grid and flattened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+
+from raydc import launch, training
+from raydc.benchmarks.options import LAYERS, Setting
+from raydc.benchmarks.setting import Candidate
+from raydc.config import ImagesConfig, RunError, TrainConfig
+from raydc.data import shards, transforms
+from raydc.data.cache import cut
+from raydc.data.decode import UnreadableImage, decode
+from raydc.data.schema import Manifest
+from raydc.models.norm import adapt_statistics, folded
+from raydc.storage import Folder
+
+# Kernel, stride and padding of the average pools at 224 pixels behind the 7x7 stem, and the grids they give (protocol 2).
+POOLS = dict(zip(LAYERS, ((10, 10, 4), (16, 8, 0), (13, 5, 0), (8, 3, 0), (6, 1, 0)), strict=True))
+GRIDS = dict(zip(LAYERS, (12, 6, 4, 3, 2), strict=True))
+SIDES = dict(zip(LAYERS, (112, 56, 28, 14, 7), strict=True))
+BLOCK = 1024  # images in a file
+BATCH = 64  # images through the network at once
+ADAPT_IMAGES = 1024  # for BatchNorm statistics of fresh weights
+INDEX = "index.json"
+Taps = Literal["avgpool", "layers"]
+
+
+def pool(maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """feature1..feature5 (B, C, h, w) on the protocol's grids: with its own pools where the maps have its sizes, else
+    adaptive pools to the same grids."""
+    exact = all(tuple(maps[layer].shape[2:]) == (SIDES[layer], SIDES[layer]) for layer in LAYERS)
+    if exact:  # padding counts in the average, as in the references
+        return {layer: F.avg_pool2d(maps[layer], *POOLS[layer]) for layer in LAYERS}
+    return {layer: F.adaptive_avg_pool2d(maps[layer], GRIDS[layer]) for layer in LAYERS}
+
+
+class Tapped(torch.nn.Module):
+    """Pixels -> a dict of flat features, float; the frozen backbone with its BatchNorms folded away."""
+
+    def __init__(self, candidate: Candidate, taps: Taps) -> None:
+        super().__init__()
+        self.backbone, self.taps = folded(candidate.build()), taps
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.taps == "avgpool":
+            return {"avgpool": self.backbone(pixels)}
+        return {layer: value.flatten(1) for layer, value in pool(self.backbone.taps(pixels)).items()}
+
+
+# --- what is extracted from ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images with ids 0..rows-1: Parquet files of shards, or image files, whose place in ``paths`` is their id."""
+
+    name: str
+    folder: Folder
+    rows: int
+    fingerprint: str
+    files: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def shard_split(folder: Folder, manifest: Manifest, split: str) -> ImageSet:
+    """A split of a shards folder."""
+    files = tuple(shards.shard_paths(folder, manifest, split))
+    rows = manifest.splits[split].rows
+    return ImageSet(name=split, folder=folder, rows=rows, fingerprint=f"{manifest.fingerprint}/{split}", files=files)
+
+
+def image_files(folder: Folder, name: str, paths: list[str]) -> ImageSet:
+    """Files below ``folder``; told apart from others by their names and sizes."""
+    infos = folder.fs.get_file_info([folder.path(path) for path in paths])
+    facts = json.dumps([[path, info.size] for path, info in zip(paths, infos, strict=True)])
+    digest = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+    return ImageSet(name=name, folder=folder, rows=len(paths), fingerprint=digest, paths=tuple(paths))
+
+
+# --- extraction ---------------------------------------------------------------------------------------------------------
+
+
+class Extractor:
+    """What runs on a worker: a table of (image_id, image or path) -> its features in a file of ``cache``."""
+
+    def __init__(
+        self, candidate, images: ImageSet, config: ImagesConfig, taps: Taps, cache: Folder, train: TrainConfig, gpu
+    ):
+        device = torch.device("cuda" if gpu else "cpu")
+        self.compute, threads = training.open_compute(train, device, 1, deterministic=False)
+        self.network = self.compute.prepare(Tapped(candidate, taps))
+        self.folder, self.config, self.cache = images.folder, config, cache
+        self.pool = ThreadPoolExecutor(threads)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ids = table["image_id"].to_numpy()
+        batches = [self._features(table.slice(start, BATCH)) for start in range(0, len(table), BATCH)]
+        arrays = {tap: np.concatenate([batch[tap] for batch in batches]) for tap in batches[0]}
+        name = f"block-{uuid.uuid4().hex}.safetensors"
+        self.cache.write(name, safetensors.numpy.save(arrays | {"image_id": ids}))
+        return pa.table({"image_id": ids, "file": [name] * len(ids)})
+
+    @torch.inference_mode()
+    def _features(self, table: pa.Table) -> dict[str, np.ndarray]:
+        images = list(self.pool.map(self._decode, *self._encoded(table)))
+        heights, widths = (np.array([image.shape[axis] for image in images], np.int64) for axis in (0, 1))
+        boxes = transforms.centre_boxes(self.config, heights, widths)
+        pixels = cut(images, boxes, None, self.config.size, self.pool)
+        with self.compute.autocast():
+            found = self.network(self.compute.place(pixels))
+        return {tap: value.float().cpu().numpy() for tap, value in found.items()}
+
+    def _encoded(self, table: pa.Table) -> tuple[list, list]:
+        if "image" in table.column_names:
+            return table["image"].to_pylist(), [f"image_id {i}" for i in table["image_id"].to_pylist()]
+        paths = table["path"].to_pylist()
+        return list(self.pool.map(self.folder.read, paths)), paths
+
+    @staticmethod
+    def _decode(data: bytes, name: str) -> np.ndarray:
+        try:
+            return decode(data)
+        except UnreadableImage as error:
+            raise RunError(f"{name} cannot be read ({error}); replace the file, or make the shards again") from None
+
+
+def view(candidate: Candidate, squash: bool = False) -> ImagesConfig:
+    """How the backbone is shown an image that is not augmented."""
+    return ImagesConfig(size=candidate.size, resize=candidate.resize, view="squash" if squash else "centre")
+
+
+def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps, *, squash: bool = False) -> Extraction:
+    """The features of ``images``, from the cache where they are there."""
+    config, train = view(candidate, squash), compute_config(setting)
+    facts = [candidate.fingerprint, images.fingerprint, taps, config.view, config.size, config.resize, train.precision]
+    key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+    cache = setting.features_folder.child(key)
+    if cache.exists(INDEX):
+        print(f"features of {images.rows:,} {images.name} images: {cache.uri} has them", flush=True)
+        return Extraction(cache, cache.read_json(INDEX), from_cache=True)
+    began = time.perf_counter()
+    gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
+    arguments = (candidate, images, config, taps, cache, train, gpu)
+    run = _extract_here if setting.num_workers == 0 else _extract_on_ray
+    files = _coverage(run(setting, images, arguments), images)
+    index = {"facts": facts, "rows": images.rows, "files": files, "backbone": candidate.name, "images": images.name}
+    cache.write_json(INDEX, index)
+    seconds = time.perf_counter() - began
+    print(
+        f"features of {images.rows:,} {images.name} images: {seconds:.1f} s, {images.rows / seconds:,.0f} img/s", flush=True
+    )
+    return Extraction(cache, index)
+
+
+def compute_config(setting: Setting) -> TrainConfig:
+    """How frozen networks are run: as in training, with the same precision."""
+    device = "cuda" if launch.choose_gpu(setting.use_gpu, setting.num_workers) else "cpu"
+    threads = setting.threads or max(1, (os.cpu_count() or 1) // max(1, setting.num_workers))
+    precision = training.choose_precision("auto", device)
+    return TrainConfig(precision=precision, channels_last="yes", threads=threads)
+
+
+def _tables(images: ImageSet) -> Iterator[pa.Table]:
+    """(image_id, image or path), at most BLOCK rows each."""
+    if images.paths:
+        table = pa.table({"image_id": np.arange(images.rows), "path": list(images.paths)})
+        yield from (table.slice(start, BLOCK) for start in range(0, images.rows, BLOCK))
+    for file in images.files:
+        for batch in pq.ParquetFile(file, filesystem=images.folder.fs).iter_batches(BLOCK, columns=["image_id", "image"]):
+            yield pa.Table.from_batches([batch])
+
+
+def _extract_here(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
+    return map(Extractor(*arguments), _tables(images))
+
+
+def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if images.paths:
+        paths = pa.table({"image_id": np.arange(images.rows), "path": list(images.paths)})
+        dataset = ray.data.from_arrow(paths)
+    else:
+        dataset = ray.data.read_parquet(list(images.files), columns=["image_id", "image"], filesystem=images.folder.fs)
+    block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
+    done = dataset.map_batches(
+        Extractor,
+        fn_constructor_args=arguments,
+        batch_size=block,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=setting.num_workers),
+        num_cpus=1,
+        num_gpus=1 if arguments[-1] else 0,
+    )
+    try:
+        yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        raise (cause if isinstance(cause, RunError) else error) from None
+
+
+def _coverage(tables: Iterator[pa.Table], images: ImageSet) -> list[str]:
+    """The files that together hold each image once; RunError where some image is in none."""
+    owner = np.full(images.rows, -1, np.int64)
+    files: dict[str, int] = {}
+    for table in tables:
+        for file in table["file"].unique().to_pylist():
+            files[file] = len(files)
+        owner[table["image_id"].to_numpy()] = [files[file] for file in table["file"].to_pylist()]
+    if (owner < 0).any():
+        raise RunError(f"{int((owner < 0).sum())} of {images.rows:,} {images.name} images were not extracted; run it again")
+    used = set(owner.tolist())
+    return [file for file, number in files.items() if number in used]
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """Features on disk; ``load`` brings one tap into memory, by image_id."""
+
+    folder: Folder
+    index: dict
+    from_cache: bool = False
+
+    def load(self, tap: str) -> np.ndarray:
+        """(N, D) float32."""
+        features = None
+        for file in self.index["files"]:
+            block = safetensors.numpy.load(self.folder.read(file))
+            if features is None:
+                features = np.empty((self.index["rows"], block[tap].shape[1]), np.float32)
+            features[block["image_id"]] = block[tap]
+        return features
+
+
+# --- fresh weights ------------------------------------------------------------------------------------------------------
+
+
+def variants(candidate: Candidate, images: ImageSet, squash: bool = False) -> list[Candidate]:
+    """The candidate; for fresh weights also with BatchNorm statistics of some of the images, the first ones of the set."""
+    if not candidate.is_random:
+        return [candidate]
+    table = pa.concat_tables(list(_first(images, ADAPT_IMAGES)))
+    extractor_config = view(candidate, squash)
+    backbone = candidate.build()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        encoded = (
+            table["image"] if "image" in table.column_names else pa.array(map(images.folder.read, table["path"].to_pylist()))
+        )
+        decoded = list(threads.map(decode, encoded.to_pylist()))
+        sizes = (np.array([image.shape[axis] for image in decoded], np.int64) for axis in (0, 1))
+        pixels = cut(decoded, transforms.centre_boxes(extractor_config, *sizes), None, candidate.size, threads)
+    adapt_statistics(backbone, (batch.float() for batch in pixels.split(BATCH) if len(batch) > 1))
+    return [candidate, replace(candidate, tensors=backbone.state_dict(), statistics="adapted")]
+
+
+def _first(images: ImageSet, num: int) -> Iterator[pa.Table]:
+    for table in _tables(images):
+        yield table.slice(0, num)
+        num -= len(table)
+        if num <= 0:
+            return

@@ -1,0 +1,74 @@
+"""Weighted k-nearest neighbours on the frozen feature: k 10, 20, 100, 200, temperature .07 (protocol 8a)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from raydc.benchmarks import scorecard
+from raydc.benchmarks.features import extract, shard_split, variants
+from raydc.benchmarks.learner import LabelledShards, open_shards
+from raydc.benchmarks.linear import PRESETS
+from raydc.benchmarks.options import Knn
+from raydc.benchmarks.scorecard import Row
+from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.clustering.neighbours import nearest
+from raydc.config import UsageError
+
+
+def vote(similar_Mk: np.ndarray, labels_Mk: np.ndarray, k: int, temperature: float, num_classes: int) -> np.ndarray:
+    """(M,) predicted classes from the first ``k`` of the neighbours, best first; of equal classes the first."""
+    weights = np.exp((similar_Mk[:, :k] - similar_Mk[:, :1]) / temperature)  # over the best one: cannot overflow
+    rows = np.repeat(np.arange(len(weights)), weights.shape[1])
+    scores = np.zeros((len(weights), num_classes))
+    np.add.at(scores, (rows, labels_Mk[:, :k].reshape(-1)), weights.reshape(-1))
+    return scores.argmax(1)
+
+
+def accuracies(train_ND, train_labels, val_MD, val_labels, options: Knn, gpu: bool = False) -> dict[str, float]:
+    """Top-1 in percent for each k, over the rows that have labels; k above the number of training rows takes all of them."""
+    known, held = train_labels >= 0, val_labels >= 0
+    train_ND, train_labels, val_MD, val_labels = train_ND[known], train_labels[known], val_MD[held], val_labels[held]
+    most = min(max(options.neighbours), len(train_ND))
+    similar, rows = nearest(train_ND, val_MD, most, gpu=gpu)
+    num_classes = int(max(train_labels.max(), val_labels.max())) + 1
+    predicted = {k: vote(similar, train_labels[rows], k, options.temperature, num_classes) for k in options.neighbours}
+    return {f"k={k}": 100 * float((classes == val_labels).mean()) for k, classes in predicted.items()}
+
+
+def run(options: Knn, candidate: Candidate) -> list[Row]:
+    """The rows of the scorecard; for fresh weights the better of both variants, k by k."""
+    data = open_shards(options.data)
+    num_train = int((data.labels["train"] >= 0).sum())
+    if max(options.neighbours) > num_train:
+        raise UsageError(f"neighbours {max(options.neighbours)} is above the {num_train} labelled training images; lower it")
+    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    attach(options)
+    found = {v.statistics: _measure(options, v, data) for v in variants(candidate, _split(data, "train"))}
+    rows = []
+    for column in (f"k={k}" for k in options.neighbours):
+        statistics, best = max(found.items(), key=lambda item: item[1][column])
+        notes = [*candidate.notes, f"temperature {options.temperature:g}"]
+        notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
+        notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
+        rows.append(
+            Row(
+                benchmark="knn",
+                column=column,
+                value=round(best[column], 2),
+                data=data.describe(),
+                backbone=candidate.label,
+                full=data.has(PRESETS["imagenet"].expect) and candidate.size == 224,
+                notes=tuple(notes),
+            )
+        )
+    scorecard.write(options.folder, rows)
+    return rows
+
+
+def _split(data: LabelledShards, split: str):
+    return shard_split(data.folder, data.manifest, split)
+
+
+def _measure(options: Knn, candidate: Candidate, data: LabelledShards) -> dict[str, float]:
+    train, val = (extract(options, candidate, _split(data, split), "avgpool") for split in ("train", "val"))
+    return accuracies(train.load("avgpool"), data.labels["train"], val.load("avgpool"), data.labels["val"], options)

@@ -1,0 +1,283 @@
+"""Linear evaluation: linear classifiers on pooled feature1..feature5, and one on the average pool (protocols 3, 4).
+
+The backbone is frozen, in eval mode, its BatchNorms folded; all heads learn in one pass over the data. Where the protocol
+jitters colours for the five heads and not for AvgPool, both kinds of pixels come from the same crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from raydc.benchmarks import scorecard
+from raydc.benchmarks.features import GRIDS, pool, shard_split, variants
+from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
+from raydc.benchmarks.options import AVGPOOL, Linear
+from raydc.benchmarks.scorecard import Row
+from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.config import ImagesConfig, TrainConfig
+from raydc.data import transforms
+from raydc.launch import Job, Shared
+from raydc.models.backbone import Backbone
+from raydc.models.norm import folded
+from raydc.optim import learning_rate
+from raydc.seeding import derive
+
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "lighting": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published protocol. ``jitter``: colours of what the five heads see; ``expect``: images of the full set."""
+
+    layers: TrainConfig
+    avgpool: TrainConfig
+    crop: Literal["resized", "square"]
+    jitter: dict[str, float]
+    expect: dict[str, int]
+    note: str = ""
+
+
+def _steps(epochs: int, milestones: tuple[float, ...], lr: float, weight_decay: float, nesterov: bool) -> TrainConfig:
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=256,
+        lr=lr,
+        schedule="step",
+        milestones=milestones,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+    )
+
+
+OUR_CHOICE = "AvgPool has no published config for this data: ImageNet's settings with this data's epochs, our choice"
+PRESETS = {
+    "imagenet": Preset(
+        layers=_steps(90, (30, 60, 90), 0.01, 1e-4, True),
+        avgpool=_steps(100, (60, 80), 30.0, 0.0, False),
+        crop="resized",
+        jitter=JITTER,
+        expect={"train": 1_281_167, "val": 50_000},
+    ),
+    "places205": Preset(
+        layers=_steps(28, (7, 14, 21), 0.01, 1e-4, True),
+        avgpool=_steps(28, (7, 14, 21), 30.0, 0.0, False),
+        crop="square",
+        jitter={},
+        expect={"train": 2_448_873, "val": 20_500},
+        note=OUR_CHOICE,
+    ),
+    "inat18": Preset(
+        layers=_steps(84, (24, 48, 72), 0.01, 1e-4, True),
+        avgpool=_steps(84, (24, 48, 72), 30.0, 0.0, False),
+        crop="resized",
+        jitter={},
+        expect={"train": 437_513, "val": 24_426},
+        note=OUR_CHOICE,
+    ),
+}
+
+
+# --- the network --------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """A linear classifier for each name; behind feature1..feature5 a BatchNorm without affine part on the pooled map."""
+
+    def __init__(self, channels: dict[str, int], names: tuple[str, ...], num_classes: int, seed: int) -> None:
+        super().__init__()
+        layers = [name for name in names if name != AVGPOOL]
+        self.norms = nn.ModuleDict({name: nn.BatchNorm2d(channels[name], affine=False) for name in layers})
+        dims = {name: channels[name] * GRIDS.get(name, 1) ** 2 for name in names}
+        self.classifiers = nn.ModuleDict({name: nn.Linear(dims[name], num_classes) for name in names})
+        for name, classifier in self.classifiers.items():  # N(0, .01) and 0, whichever other heads there are
+            generator = torch.Generator().manual_seed(derive(seed, "head", name))
+            nn.init.normal_(classifier.weight, 0, 0.01, generator=generator)
+            nn.init.zeros_(classifier.bias)
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        flat = {name: norm(features[name].float()).flatten(1) for name, norm in self.norms.items()}
+        flat |= {AVGPOOL: features[AVGPOOL]} if AVGPOOL in features else {}
+        return {name: classifier(flat[name]) for name, classifier in self.classifiers.items()}
+
+
+class Probe(nn.Module):
+    """Frozen backbone and heads. Pixels are (B, 3, S, S), or (B, 6, S, S): plain ones, then jittered ones."""
+
+    def __init__(self, backbone: Backbone, heads: Heads) -> None:
+        super().__init__()
+        self.backbone, self.heads = folded(backbone).requires_grad_(False), heads
+
+    def train(self, mode: bool = True) -> Probe:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        plain, jittered = pixels[:, :3], pixels[:, -3:]
+        features = {}
+        if self.heads.norms:
+            maps = self.backbone.taps(jittered)
+            features = pool(maps)
+        if AVGPOOL in self.heads.classifiers:
+            shared = self.heads.norms and pixels.shape[1] == 3
+            features[AVGPOOL] = maps["feature5"].mean((2, 3)) if shared else self.backbone(plain)
+        return features
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.heads(self.features(pixels))
+
+
+def channels(backbone: Backbone) -> dict[str, int]:
+    """Of feature1..feature5, and of the average pool."""
+    with torch.no_grad():
+        maps = backbone.taps(torch.zeros(1, 3, 64, 64))
+    return {name: value.shape[1] for name, value in maps.items()} | {AVGPOOL: backbone.feature_dim}
+
+
+def summed_cross_entropy(outputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Unweighted: the heads share no parameter, so each learns as if it were alone."""
+    return sum(nn.functional.cross_entropy(scores.float(), labels) for scores in outputs.values())
+
+
+# --- on a worker --------------------------------------------------------------------------------------------------------
+
+
+def loop(job: Job) -> dict | None:
+    """Train all heads; {head: figure}, the worker's note on BatchNorm."""
+    learner = Learner(job)
+    options: Linear = job.extras["options"]
+    preset, candidate = job.extras["preset"], job.extras["candidate"].get()
+    backbone = candidate.build()
+    heads = Heads(channels(backbone), options.heads, job.extras["num_classes"], derive(options.seed, "linear"))
+    heads, note = learner.synchronised(heads)
+    probe = Probe(backbone, heads)
+    learner.hold(probe, heads, lambda: build_optimizer(heads, preset))
+    jitter = replace(job.config.images, **preset.jitter) if preset.jitter and heads.norms else None
+    for epoch in learner.state.remaining(job.config.train.epochs):
+        learner.train(
+            epoch,
+            change=(lambda batches, seed: with_jitter(batches, jitter, seed)) if jitter else None,
+            criterion=summed_cross_entropy,
+            set_rate=lambda optimizer, now: set_rates(optimizer, preset, now),
+        )
+        if is_due(epoch + 1, options.eval_every, preset):
+            learner.evaluate(epoch)
+        learner.commit(epoch, {})
+    return {"figures": figures(learner.journal, options.heads, preset), "note": note} if learner.worker.is_first else None
+
+
+def build_optimizer(heads: Heads, preset: Preset) -> torch.optim.SGD:
+    """One group for the five layers, one for AvgPool, each with its protocol's settings."""
+    groups = []
+    for part, config in (("layers", preset.layers), (AVGPOOL, preset.avgpool)):
+        chosen = [c for name, c in heads.classifiers.items() if (name == AVGPOOL) == (part == AVGPOOL)]
+        parameters = [p for classifier in chosen for p in classifier.parameters()]
+        if parameters:
+            facts = {"momentum": config.momentum, "weight_decay": config.weight_decay, "nesterov": config.nesterov}
+            groups.append({"params": parameters, "part": part, "lr": config.lr, **facts})
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, preset: Preset, epoch: float) -> None:
+    """Each group by its own schedule; 0 once its epochs are over, while the other group goes on."""
+    for group in optimizer.param_groups:
+        config = preset.avgpool if group["part"] == AVGPOOL else preset.layers
+        group["lr"] = learning_rate(config, epoch) if epoch < config.epochs else 0.0
+
+
+def with_jitter(batches: Iterator, config: ImagesConfig, seed: int) -> Iterator:
+    """(image_ids, plain pixels) -> (image_ids, plain and jittered pixels): the same crop twice."""
+    for ids, pixels in batches:
+        sizes = np.full(len(ids), config.size), np.full(len(ids), config.size)
+        drawn = transforms.draw_augmentation(config, seed, ids, np.zeros(len(ids), np.int64), *sizes)
+        yield ids, torch.cat([pixels.float(), transforms.augment(pixels, drawn, config)], 1)
+
+
+def is_due(done: int, every: int, preset: Preset) -> bool:
+    """Whether val is looked at after ``done`` epochs: at each protocol's end in any case."""
+    return done % every == 0 or done in (preset.layers.epochs, preset.avgpool.epochs)
+
+
+def figures(journal, heads: tuple[str, ...], preset: Preset) -> dict[str, float]:
+    """A layer's last epoch, AvgPool's best one, as the references report them."""
+    looks = [line for line in journal.lines if line["phase"] == "evaluate"]
+    last = next(line for line in looks if line["epoch"] + 1 == preset.layers.epochs or line is looks[-1])
+    best = max((line.get(f"{AVGPOOL} top1", 0.0) for line in looks if line["epoch"] < preset.avgpool.epochs), default=0.0)
+    return {name: best if name == AVGPOOL else last[f"{name} top1"] for name in heads}
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------------
+
+
+def run(options: Linear, candidate: Candidate) -> list[Row]:
+    """The rows of the scorecard; for fresh weights the better of both variants, head by head."""
+    data = open_shards(options.data)
+    published = PRESETS[options.preset]
+    size = {"batch_size": options.batch_size}
+    preset = replace(
+        published,
+        layers=replace(scaled(published.layers, options.epochs), **size),
+        avgpool=replace(scaled(published.avgpool, options.epochs), **size),
+    )
+    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    attach(options)
+    results = {
+        variant.statistics: _measure(options, preset, variant, data)
+        for variant in variants(candidate, shard_split(data.folder, data.manifest, "train"))
+    }
+    rows = _rows(options, published, candidate, data, results)
+    scorecard.write(options.folder, rows)
+    return rows
+
+
+def _measure(options: Linear, preset: Preset, candidate: Candidate, data: LabelledShards) -> dict:
+    run_dir = options.folder.child(candidate.statistics) if candidate.is_random else options.folder
+    print(f"linear ({options.preset}) of {candidate.name} on {data.describe()}", flush=True)
+    longest = max((preset.layers, preset.avgpool), key=lambda train: train.epochs)
+    if options.heads != (AVGPOOL,) and AVGPOOL not in options.heads:
+        longest = preset.layers
+    job = open_job(
+        options,
+        data,
+        run_dir,
+        model=candidate.model,
+        images=ImagesConfig(size=candidate.size, resize=candidate.resize, crop=preset.crop),
+        train=longest,
+        extras={
+            "options": options,
+            "preset": preset,
+            "candidate": Shared(candidate, local=options.num_workers == 0),
+            "num_classes": data.num_classes,
+        },
+    )
+    return fit(loop, job, options)
+
+
+def _rows(options: Linear, published: Preset, candidate: Candidate, data: LabelledShards, results: dict) -> list[Row]:
+    rows = []
+    for head in options.heads:
+        statistics, best = max(results.items(), key=lambda item: item[1]["figures"][head])
+        notes = [*candidate.notes, best["note"], published.note if head == AVGPOOL else ""]
+        notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
+        notes += [f"{options.epochs} epochs instead of {published.layers.epochs}"] if options.epochs else []
+        notes += ["best epoch on val, as published"] if head == AVGPOOL else []
+        notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
+        rows.append(
+            Row(
+                benchmark=f"linear_{options.preset}",
+                column=head,
+                value=round(best["figures"][head], 2),
+                data=data.describe(),
+                backbone=candidate.label,
+                full=data.has(published.expect) and candidate.size == 224,
+                notes=tuple(filter(None, notes)),
+            )
+        )
+    return rows

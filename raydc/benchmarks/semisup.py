@@ -1,0 +1,222 @@
+"""Semi-supervised fine-tuning with a part of the labels: all layers learn for 20 epochs, rate x 0.2 at 12 and 16 (protocol
+5).
+
+Its run directory holds backbone.safetensors and config.json, so what comes out can be measured like any other run; with
+all labels and fresh weights that is a supervised backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raydc import checkpoint, launch
+from raydc.benchmarks import scorecard
+from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
+from raydc.benchmarks.linear import PRESETS
+from raydc.benchmarks.options import Semisup
+from raydc.benchmarks.scorecard import Row
+from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.config import ImagesConfig, TrainConfig, UsageError
+from raydc.data import shards
+from raydc.launch import Job, Shared, Worker
+from raydc.models.head import Classifier
+from raydc.optim import LR_SCALE
+from raydc.seeding import derive, uniforms
+
+SCHEDULE = TrainConfig(epochs=20, batch_size=256, schedule="step", milestones=(12, 16), gamma=0.2)
+BASE_RATES = (1e-1, 1e-2, 1e-3)
+HEAD_FACTORS = (1, 10, 100)
+NAMES_LISTED = 3
+
+
+# --- which labels -------------------------------------------------------------------------------------------------------
+
+
+def choose_ids(options: Semisup, data: LabelledShards) -> np.ndarray:
+    """image_ids of train whose labels are used, sorted."""
+    labels = data.labels["train"]
+    if options.list:
+        return listed_ids(options.list, shards.names(data.folder, data.manifest, "train"), labels)
+    return stratified_ids(labels, options.fraction, options.seed)
+
+
+def stratified_ids(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The same share of each class, rounded, at least one image; chosen by image_id and seed alone."""
+    known = np.flatnonzero(labels >= 0)
+    order = known[np.argsort(uniforms(derive(seed, "fraction"), known)[:, 0], kind="stable")]
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    _, start, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(len(by_class)) - np.repeat(start, sizes)
+    quota = np.maximum(1, np.rint(sizes * fraction))
+    return np.sort(by_class[rank < np.repeat(quota, sizes)])
+
+
+def listed_ids(path: str, names: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """image_ids of a list's names, matched by file name. UsageError for a name that is missing, double or unlabelled."""
+    if not Path(path).is_file():
+        raise UsageError(f"--list {path} is no file; give a text file with one image name a line")
+    wanted = [line.split()[0].rpartition("/")[2] for line in Path(path).read_text().splitlines() if line.strip()]
+    if not wanted:
+        raise UsageError(f"--list {path} is empty; give one image name a line")
+    short = [name.rpartition("/")[2] for name in names.tolist()]
+    where = {name: i for i, name in enumerate(short)}
+    missing = [name for name in wanted if name not in where]
+    if missing:
+        raise UsageError(
+            f"{len(missing):,} of {len(wanted):,} names of {path} are not in the train split "
+            f"({', '.join(missing[:NAMES_LISTED])}{' ...' * (len(missing) > NAMES_LISTED)}); give the list of these shards"
+        )
+    if len(where) < len(short):
+        double = next(name for i, name in enumerate(short) if where[name] != i)
+        raise UsageError(
+            f"several images of the train split are named {double}, so a list cannot tell them apart; use --fraction"
+        )
+    ids = np.unique([where[name] for name in wanted])
+    if (labels[ids] < 0).any():
+        raise UsageError(
+            f"{int((labels[ids] < 0).sum())} images of {path} have no label in the shards; make shards with labels"
+        )
+    return ids
+
+
+# --- on a worker --------------------------------------------------------------------------------------------------------
+
+
+def loop(job: Job) -> dict | None:
+    """As Ray Train calls it."""
+    return fine_tune(job, Worker.here(job.board, job.config.use_gpu == "yes"))
+
+
+def fine_tune(job: Job, worker: Worker, tell: Callable[[dict], None] | None = None) -> dict | None:
+    """All epochs, from the last commit; rank 0 returns {"top1", "top5", "note"}. ``tell`` hears of every look at val."""
+    options: Semisup = job.extras["options"]
+    learner, candidate = Learner(job, worker), job.extras["candidate"].get()
+    model = Classifier(candidate.build().train(), job.extras["num_classes"])
+    model.head.refresh(derive(options.seed, "head"))
+    model, note = learner.synchronised(model)
+    learner.hold(model, model, lambda: build_optimizer(model, job.config.train, options.head_factor))
+    epochs = job.config.train.epochs
+    for epoch in learner.state.remaining(epochs):
+        learner.train(epoch)
+        due = (epoch + 1) % options.eval_every == 0 or epoch + 1 == epochs
+        found = learner.evaluate(epoch)[""] if due else {}
+        learner.commit(epoch, found)
+        if found and tell:
+            tell({"epoch": epoch + 1} | found)
+    if not worker.is_first:
+        return None
+    save_backbone(learner, candidate)
+    last = next(line for line in reversed(learner.journal.lines) if line["phase"] == "evaluate")
+    return {"top1": last["top1"], "top5": last["top5"], "note": note}
+
+
+def build_optimizer(model: Classifier, config: TrainConfig, head_factor: float) -> torch.optim.SGD:
+    """Everything is decayed, BatchNorm and biases too; the head's rate is ``head_factor`` times the backbone's."""
+    groups = [
+        {"params": list(model.backbone.parameters())},
+        {"params": list(model.head.parameters()), LR_SCALE: head_factor},
+    ]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def save_backbone(learner: Learner, candidate: Candidate) -> None:
+    """Under the same names as any run's, whichever kind of BatchNorm it was trained with."""
+    plain = candidate.build()
+    plain.load_state_dict(learner.model.backbone.state_dict())
+    config = replace(learner.config, recipe="semisup")
+    checkpoint.save_backbone(learner.folder, plain, config)
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------------
+
+
+def run(options: Semisup, candidate: Candidate) -> list[Row]:
+    """The rows of the scorecard. Fresh weights start with untouched BatchNorm statistics: they are learnt anyway."""
+    data = open_shards(options.data)
+    ids = choose_ids(options, data)
+    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    attach(options)
+    rows = measure(options, candidate, data, ids)
+    scorecard.write(options.folder, rows)
+    return rows
+
+
+def measure(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray) -> list[Row]:
+    """Train, or read what a finished run left; result.json is written last."""
+    if not options.folder.exists("result.json"):
+        print(f"{benchmark_name(options, data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
+        job = prepare(options, candidate, data, ids)
+        finish(options, fit(loop, job, options))
+    return to_rows(options, candidate, data, ids, options.folder.read_json("result.json"))
+
+
+def finish(options: Semisup, figures: dict) -> dict:
+    """Write result.json, the sign that the run is done."""
+    result = {"recipe": "semisup", "seed": options.seed, "figures": figures, "versions": launch.versions()}
+    options.folder.write_json("result.json", result)
+    return result
+
+
+def prepare(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, streams=None) -> Job:
+    """What the workers are given."""
+    return open_job(
+        options,
+        data,
+        options.folder,
+        model=candidate.model,
+        images=ImagesConfig(size=candidate.size, resize=candidate.resize),
+        train=schedule(options),
+        extras={
+            "options": options,
+            "candidate": Shared(candidate, local=options.num_workers == 0),
+            "num_classes": data.num_classes,
+        },
+        ids=ids,
+        streams=streams,
+    )
+
+
+def schedule(options: Semisup) -> TrainConfig:
+    """The protocol's, at this rate."""
+    decay = options.weight_decay
+    if decay < 0:
+        few = options.fraction == 0.01 or "1percent" in options.list
+        decay = 5e-4 if few else 1e-4
+    return replace(scaled(SCHEDULE, options.epochs), lr=options.lr, weight_decay=decay, batch_size=options.batch_size)
+
+
+def benchmark_name(options: Semisup, data: LabelledShards, ids: np.ndarray) -> str:
+    """semisup_1percent and so on, by the share of the labels that is truly used."""
+    share = 100 * len(ids) / max(1, int((data.labels["train"] >= 0).sum()))
+    return f"semisup_{max(1, round(share))}percent"
+
+
+def trial_name(lr: float, head_factor: float) -> str:
+    """As the page names its nine files: lr1e-2_head10."""
+    mantissa, exponent = f"{lr:.0e}".split("e")
+    return f"lr{mantissa}e{int(exponent)}_head{head_factor:g}"
+
+
+def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, result: dict) -> list[Row]:
+    figures = result["figures"]
+    official = bool(options.list) and data.has(PRESETS["imagenet"].expect) and candidate.size == 224 and not options.epochs
+    notes = [*candidate.notes, figures["note"], trial_name(options.lr, options.head_factor)]
+    notes += [f"{options.epochs} epochs instead of {SCHEDULE.epochs}"] if options.epochs else []
+    notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
+    return [
+        Row(
+            benchmark=benchmark_name(options, data, ids),
+            column=column,
+            value=round(figures[key], 2),
+            data=data.describe(len(ids)),
+            backbone=candidate.label,
+            full=official,
+            notes=tuple(filter(None, notes)),
+        )
+        for column, key in (("Top-1", "top1"), ("Top-5", "top5"))
+    ]

@@ -1,0 +1,223 @@
+"""What every benchmark is given: a backbone, data, a place to work in; and how a backbone is found.
+
+A backbone is a run directory, a file, or ``random:`` and either of these or a network's name: the same network with fresh
+weights, in two variants: with untouched BatchNorm statistics and with statistics adapted to the data. The better counts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from raydc import config as configs
+from raydc import launch
+from raydc.benchmarks.options import Setting
+from raydc.checkpoint import BACKBONE, tensors_hash
+from raydc.config import ModelConfig, UsageError
+from raydc.models.backbone import Backbone, build_backbone
+from raydc.seeding import derive
+from raydc.storage import Folder
+
+RANDOM = "random:"
+LISTED = 5  # keys that an error names before it only counts
+
+
+def attach(options: Setting) -> None:
+    """Join or start Ray, and see that it has what is asked for."""
+    if options.num_workers:
+        launch.attach(options.num_workers + launch.SPARE_CPUS, options.verbose)
+        launch.check_resources(options.num_workers, options.folder)
+
+
+FREE_TO_CHANGE = ("run_dir", "data", "backbone", "features", "num_workers", "use_gpu", "max_failures", "verbose")
+
+
+def claim(setting: Setting, facts: dict[str, str], others: Sequence[str] = ()) -> None:
+    """Write what this run directory measures, before anything else; UsageError if it measures something else already.
+
+    ``facts`` tell backbone and data apart, wherever they lie; ``others``: further options that may change.
+    """
+    free = dict.fromkeys((*FREE_TO_CHANGE, *others))
+    folder, name = setting.folder, type(setting).__name__.lower()
+    options = {key: value for key, value in configs.to_dict(setting).items() if key not in free}
+    here = json.loads(json.dumps({"benchmark": name, "options": options, "facts": facts}))
+    if not folder.exists("config.json"):
+        folder.write_json("config.json", here | {"setting": configs.to_dict(setting), "versions": launch.versions()})
+        return
+    there = folder.read_json("config.json")
+    differing = [
+        f"{key} is {_short(there.get(part, {}).get(key))} there and {_short(value)} here"
+        for part in ("options", "facts")
+        for key, value in here[part].items()
+        if there.get(part, {}).get(key) != value
+    ]
+    differing = [f"it holds {there.get('benchmark', 'a run')}"] if there.get("benchmark") != name else differing
+    if differing:
+        raise UsageError(f"{folder.uri} belongs to another measurement: {'; '.join(differing)}. Give another --run-dir")
+
+
+def _short(value) -> str:
+    return repr(value)[:40]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A backbone to be measured. ``size`` and ``resize``: of the images it sees, in pixels.
+
+    ``statistics`` is "" for trained weights; for fresh ones "untouched" or, once they are, "adapted".
+    """
+
+    label: str
+    model: ModelConfig
+    size: int
+    resize: int
+    tensors: dict[str, torch.Tensor]
+    statistics: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def is_random(self) -> bool:
+        return bool(self.statistics)
+
+    @property
+    def name(self) -> str:
+        """Of this variant, as a person reads it."""
+        return f"{self.label} ({self.statistics} BatchNorm)" if self.is_random else self.label
+
+    @property
+    def fingerprint(self) -> str:
+        """Of weights, buffers and what happens before the first layer."""
+        return tensors_hash(self.tensors, json.dumps(configs.to_dict(self.model)))
+
+    def build(self) -> Backbone:
+        """The network, in eval mode."""
+        backbone = Backbone(self.model)
+        backbone.load_state_dict(self.tensors)
+        return backbone.eval()
+
+    def at(self, size: int) -> Candidate:
+        """The same backbone looking at images of another size; 0: as it is."""
+        return replace(self, size=size, resize=round(size * self.resize / self.size)) if size else self
+
+
+def open_backbone(spec: str, arch: str = "", seed: int = 0, networks: Mapping[str, Candidate] | None = None) -> Candidate:
+    """The backbone that ``spec`` names; ``networks``: names that random: knows. UsageError where there is none."""
+    if spec.startswith(RANDOM):
+        what = spec.removeprefix(RANDOM)
+        known = (networks or {}) | plain_networks()
+        like = known[what] if what in known else _trained(what, arch, sorted(known))
+        tensors = build_backbone(like.model, derive(seed, "backbone")).state_dict()
+        return replace(like, label=spec, tensors=tensors, statistics="untouched", notes=())
+    return _trained(spec, arch, None)
+
+
+def plain_networks() -> dict[str, Candidate]:
+    """torchvision's networks at 224 pixels, without weights."""
+    return {
+        name: Candidate(label=name, model=ModelConfig(architecture=name), size=224, resize=256, tensors={})
+        for name in ("resnet18", "resnet34", "resnet50")
+    }
+
+
+def _trained(spec: str, arch: str, names: list[str] | None) -> Candidate:
+    folder = Folder(spec)
+    if folder.exists(BACKBONE):
+        unfinished = () if folder.exists("result.json") else (f"{spec} is not finished: its last epoch so far was measured",)
+        return _ours(spec, *_safetensors(folder, BACKBONE), notes=unfinished)
+    if folder.is_local and Path(folder.root).is_file():
+        return _from_file(spec, Path(folder.root), arch)
+    if folder.exists():
+        raise UsageError(f"{spec} holds no {BACKBONE}; give a run directory with at least one finished epoch")
+    known = f", nor one of {', '.join(names)}" if names else ""
+    raise UsageError(f"{spec} is neither a run directory nor a file{known}; check --backbone")
+
+
+def _from_file(spec: str, path: Path, arch: str) -> Candidate:
+    if path.suffix == ".safetensors":
+        tensors, metadata = _safetensors(Folder(path.parent), path.name)
+        if "model" in metadata:
+            return _ours(spec, tensors, metadata)
+    else:
+        tensors = _torch_file(path)
+    if not arch:
+        raise UsageError(f"{spec} does not say its architecture; give --arch ({', '.join(plain_networks())})")
+    return adopt(spec, tensors, arch)
+
+
+def _ours(spec: str, tensors: dict, metadata: Mapping[str, str], notes: tuple[str, ...] = ()) -> Candidate:
+    if "model" not in metadata:
+        raise UsageError(f"{spec} does not say its architecture; give a file that raydc wrote, or --arch")
+    model = configs.from_dict(ModelConfig, json.loads(metadata["model"]))
+    size, resize = int(metadata["input_size"]), int(metadata["resize"])
+    return _checked(Candidate(label=spec, model=model, size=size, resize=resize, tensors=tensors, notes=notes))
+
+
+def _safetensors(folder: Folder, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    data = folder.read(name)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return safetensors.torch.load(data), header.get("__metadata__", {})
+    except (ValueError, SafetensorError):
+        raise UsageError(f"{folder.uri}/{name} is no safetensors file, or damaged; give another") from None
+
+
+def _torch_file(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict saved by torch, alone or under ``state_dict`` or ``model``; nothing in the file is executed."""
+    try:
+        values = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch says to a file that is none of its own
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(f"{path} cannot be read as weights alone ({reason}); save its state dict as safetensors") from None
+    for inside in ("state_dict", "model"):
+        if isinstance(values, Mapping) and isinstance(values.get(inside), Mapping):
+            values = values[inside]
+    if not isinstance(values, Mapping) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise UsageError(f"{path} holds no state dict (names and tensors); save the backbone's state dict")
+    return dict(values)
+
+
+def adopt(spec: str, tensors: dict[str, torch.Tensor], arch: str) -> Candidate:
+    """Weights under torchvision's names, perhaps behind one prefix; what belongs to a head is left out and noted.
+
+    A first convolution of two channels means Sobel, whose fixed filter is ours.
+    """
+    if arch not in plain_networks():
+        raise UsageError(f"--arch {arch} is not known; give {', '.join(plain_networks())}")
+    prefix = min((key.removesuffix("conv1.weight") for key in tensors if key.endswith("conv1.weight")), key=len, default="")
+    ours = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    heads = [key for key in ours if key.split(".")[0] in ("fc", "head", "neck", "top_layer", "sobel")]
+    left_out = heads + [key for key in tensors if not key.startswith(prefix)]
+    ours = {key: value for key, value in ours.items() if key not in heads}
+    plain = plain_networks()[arch]
+    model = replace(plain.model, sobel="conv1.weight" in ours and ours["conv1.weight"].shape[1] == 2)
+    fresh = Backbone(model).state_dict()
+    counters = {key: value for key, value in fresh.items() if key.endswith("num_batches_tracked")}  # old files lack them
+    notes = (f"left out of {spec}: {', '.join(left_out[:LISTED])}" + " ..." * (len(left_out) > LISTED),) if left_out else ()
+    return _checked(replace(plain, label=spec, model=model, tensors=counters | ours, notes=notes))
+
+
+def _checked(candidate: Candidate) -> Candidate:
+    """UsageError where the tensors are not those of the network, naming them."""
+    expected = Backbone(candidate.model).state_dict()
+    wrong = {
+        "missing": [key for key in expected if key not in candidate.tensors],
+        "unexpected": [key for key in candidate.tensors if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(candidate.tensors[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in candidate.tensors and candidate.tensors[key].shape != value.shape
+        ],
+    }
+    found = [f"{len(keys)} {what}: {', '.join(keys[:LISTED])}" for what, keys in wrong.items() if keys]
+    if found:
+        raise UsageError(
+            f"{candidate.label} does not fit {candidate.model.architecture} ({'; '.join(found)}); check --arch or the file"
+        )
+    return candidate

@@ -1,0 +1,139 @@
+"""svm and lowshot of a backbone on VOC2007: features of its layers, squashed to a square, then ``svm``'s arithmetic."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from raydc.benchmarks import scorecard, svm
+from raydc.benchmarks.datasets import IMAGES, Voc07, read_voc07
+from raydc.benchmarks.features import ImageSet, extract, image_files, variants
+from raydc.benchmarks.options import Lowshot, Setting, Svm
+from raydc.benchmarks.scorecard import Row
+from raydc.benchmarks.setting import Candidate, attach, claim
+
+OFFICIAL = {"trainval": 5011, "test": 4952}
+
+
+def image_sets(data: Voc07) -> dict[str, ImageSet]:
+    """trainval and test, as images to extract from."""
+    return {
+        split: image_files(data.folder, f"VOC07 {split}", [f"{IMAGES}/{name}" for name in data.names[split]])
+        for split in OFFICIAL
+    }
+
+
+def describe(data: Voc07) -> str:
+    """The data in words, for a row of the scorecard."""
+    counts = {split: len(data.names[split]) for split in OFFICIAL}
+    if counts == OFFICIAL:
+        return "VOC07: 5,011 trainval, 4,952 test images"
+    parts = [f"{counts[split]:,} of {whole:,} {split}" for split, whole in OFFICIAL.items()]
+    return f"VOC07 subset: {', '.join(parts)} images"
+
+
+def is_full(data: Voc07, candidate: Candidate) -> bool:
+    return all(len(data.names[split]) == whole for split, whole in OFFICIAL.items()) and candidate.size == 224
+
+
+def _measure(options: Setting, candidate: Candidate, layers: tuple[str, ...], arithmetic) -> dict[str, dict]:
+    """{BatchNorm statistics: result of ``arithmetic(features, data)``} for each variant of the candidate."""
+    data = read_voc07(options.data)
+    images = image_sets(data)
+    claim(options, {"backbone": candidate.fingerprint, "data": "/".join(one.fingerprint for one in images.values())})
+    attach(options)
+    found = {}
+    for variant in variants(candidate, images["trainval"], squash=True):
+        extracted = {split: extract(options, variant, images[split], "layers", squash=True) for split in images}
+        features = {layer: (extracted["trainval"].load(layer), extracted["test"].load(layer)) for layer in layers}
+        with tqdm(desc=variant.name, unit="task", leave=False, disable=None) as bar:
+            found[variant.statistics] = arithmetic(
+                features, data, lambda done, total, what, bar=bar: _move(bar, done, total)
+            )
+    options.folder.write_json("result.json", {"data": describe(data), "backbone": candidate.label, "variants": found})
+    return found
+
+
+def _move(bar: tqdm, done: int, total: int, what: str) -> None:
+    bar.total = total
+    bar.set_postfix_str(what, refresh=False)
+    bar.update(done - bar.n)
+
+
+def _notes(candidate: Candidate, statistics: str) -> list[str]:
+    notes = list(candidate.notes)
+    notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
+    return notes + ([f"{candidate.size} px images"] if candidate.size != 224 else [])
+
+
+def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
+    """The rows of the scorecard: each layer, and the best; for fresh weights the better of both variants, layer by layer."""
+
+    def arithmetic(features, data: Voc07, progress) -> dict:
+        labels = data.labels["trainval"], data.labels["test"]
+        parallel = options.num_workers > 0
+        return svm.run_svm(features, *labels, data.classes, seed=options.seed, parallel=parallel, progress=progress)
+
+    found = _measure(options, candidate, options.layers, arithmetic)
+    data = read_voc07(options.data)
+    maps = {
+        layer: max((result["layers"][layer]["map"], statistics) for statistics, result in found.items())
+        for layer in options.layers
+    }
+    best = max(maps, key=lambda layer: maps[layer][0])
+    rows = [
+        Row(
+            benchmark="svm",
+            column=column,
+            value=round(maps[layer][0], 2),
+            data=describe(data),
+            backbone=candidate.label,
+            full=is_full(data, candidate),
+            notes=(*_notes(candidate, maps[layer][1]), *([f"best layer {layer}"] if column == "best" else [])),
+        )
+        for column, layer in [*((layer, layer) for layer in options.layers), ("best", best)]
+    ]
+    scorecard.write(options.folder, rows)
+    return rows
+
+
+def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
+    """The rows of the scorecard: k shots as published (cost chosen on test), and beside them the clean choice."""
+
+    def arithmetic(features, data: Voc07, progress) -> dict:
+        labels = data.labels["trainval"], data.labels["test"]
+        return svm.run_low_shot(
+            features,
+            *labels,
+            data.classes,
+            shots=options.shots,
+            num_samples=options.num_samples,
+            seed=options.seed,
+            parallel=options.num_workers > 0,
+            progress=progress,
+        )
+
+    found = _measure(options, candidate, (options.layer,), arithmetic)
+    data = read_voc07(options.data)
+    rows = []
+    for place, k in enumerate(options.shots):
+        for kind, benchmark in (("as_published", "lowshot"), ("clean", "lowshot_clean")):
+            figures = {s: result["layers"][options.layer][place][kind] for s, result in found.items()}
+            statistics, one = max(figures.items(), key=lambda item: item[1]["map"])
+            how = (
+                "cost chosen on the test set, as published" if kind == "as_published" else "cost chosen without the test set"
+            )
+            rows.append(
+                Row(
+                    benchmark=benchmark,
+                    column=f"k={k}",
+                    value=round(one["map"], 2),
+                    spread=round(one["std"], 2),
+                    seeds=options.num_samples,
+                    data=describe(data),
+                    backbone=candidate.label,
+                    full=is_full(data, candidate) and kind == "as_published",
+                    notes=(*_notes(candidate, statistics), options.layer, f"cost chosen {how}"),
+                )
+            )
+    scorecard.write(options.folder, rows)
+    return rows

@@ -48,14 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _job(asked: options.Setting | options.All) -> None:
-    from raydc.benchmarks import everything, scorecard  # not before the command line is understood: torch and Ray are slow
-    from raydc.benchmarks.setting import Candidate, open_backbone
+    # Not before the command line is understood: torch and Ray are slow.
+    from raydc.benchmarks import everything, scorecard, setting
 
-    networks = {
-        name: Candidate(label=name, model=config.model, size=config.images.size, resize=config.images.resize, tensors={})
-        for name, config in ((name, make()) for name, make in RECIPES.items())
-    }
-    candidate = open_backbone(asked.backbone, asked.arch, asked.seed, networks).at(asked.size)
+    candidate = setting.open_backbone(asked.backbone, asked.arch, asked.seed, setting.networks(RECIPES)).at(asked.size)
     run = everything.run if isinstance(asked, options.All) else everything.RUN[type(asked)]
     print(scorecard.tables(run(asked, candidate)))
     print(Folder(asked.run_dir).place(scorecard.SCORECARD))

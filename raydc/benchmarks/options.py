@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from raydc.config import UsageError
@@ -169,6 +169,38 @@ class Semisup(Setting):
             raise UsageError(f"epochs is {self.epochs}; give 0 or more")
         if self.batch_size % max(1, self.num_workers):
             raise UsageError(f"batch_size {self.batch_size} is not a multiple of num_workers {self.num_workers}; change one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Semisup):
+    """The page's grid of semisup: base rate {.1, .01, .001} x head factor {1, 10, 100}. --data: shards with labels."""
+
+    lr: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
+    """Learning rates of the backbone."""
+    head_factor: tuple[float, ...] = (1, 10, 100)
+    """Learning rates of the head over the backbone's."""
+    num_workers: int = 0
+    """Training workers of a trial; 0: each trial trains in its own process, on one GPU or cpus_per_trial CPUs."""
+    cpus_per_trial: int = 1
+    """CPUs, and threads, of a trial that trains in its own process."""
+    max_concurrent: int = 0
+    """Trials at once; 0: as many as the cluster holds."""
+    asha: bool = False
+    """Stop the worse trials early (ASHA)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_factor"):
+            values = getattr(self, name)
+            _check(bool(values) and min(values) > 0, f"{name} is {values}; give positive numbers")
+        _check(self.cpus_per_trial > 0, f"cpus_per_trial is {self.cpus_per_trial}; give 1 or more")
+        _check(self.max_concurrent >= 0, f"max_concurrent is {self.max_concurrent}; give 0 or more")
+        self.trial(self.lr[0], self.head_factor[0], self.run_dir)  # what every trial checks
+
+    def trial(self, lr: float, head_factor: float, run_dir: str) -> Semisup:
+        """The options of one point of the grid."""
+        given = {field.name: getattr(self, field.name) for field in fields(Semisup)}
+        threads = self.threads or (self.cpus_per_trial if self.num_workers == 0 else 0)
+        return Semisup(**given | {"lr": lr, "head_factor": head_factor, "run_dir": run_dir, "threads": threads})
 
 
 @dataclass(frozen=True, kw_only=True)

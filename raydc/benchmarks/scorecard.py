@@ -80,6 +80,11 @@ def merge(*lists: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+def noted(row: Row, note: str) -> Row:
+    """The same row with one more note."""
+    return dataclasses.replace(row, notes=(*row.notes, note))
+
+
 def _to_json(row: Row) -> dict:
     known = published.rows(row.benchmark, row.column)
     values = dataclasses.asdict(row) | {"value": float(row.value), "notes": list(row.notes)}

@@ -29,6 +29,7 @@ from raydc.optim import LR_SCALE
 from raydc.seeding import derive, uniforms
 
 SCHEDULE = TrainConfig(epochs=20, batch_size=256, schedule="step", milestones=(12, 16), gamma=0.2)
+FEW = 0.02  # share of the labels up to which the protocol of 1 % holds
 BASE_RATES = (1e-1, 1e-2, 1e-3)
 HEAD_FACTORS = (1, 10, 100)
 NAMES_LISTED = 3
@@ -149,10 +150,14 @@ def run(options: Semisup, candidate: Candidate) -> list[Row]:
 def measure(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray) -> list[Row]:
     """Train, or read what a finished run left; result.json is written last."""
     if not options.folder.exists("result.json"):
-        print(f"{benchmark_name(options, data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
-        job = prepare(options, candidate, data, ids)
-        finish(options, fit(loop, job, options))
+        print(f"{benchmark_name(data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
+        finish(options, train(options, prepare(options, candidate, data, ids)))
     return to_rows(options, candidate, data, ids, options.folder.read_json("result.json"))
+
+
+def train(options: Semisup, job: Job) -> dict:
+    """On Ray Train's workers: {"top1", "top5", "note"}."""
+    return fit(loop, job, options)
 
 
 def finish(options: Semisup, figures: dict) -> dict:
@@ -170,7 +175,7 @@ def prepare(options: Semisup, candidate: Candidate, data: LabelledShards, ids: n
         options.folder,
         model=candidate.model,
         images=ImagesConfig(size=candidate.size, resize=candidate.resize),
-        train=schedule(options),
+        train=schedule(options, _share(data, ids)),
         extras={
             "options": options,
             "candidate": Shared(candidate, local=options.num_workers == 0),
@@ -181,19 +186,19 @@ def prepare(options: Semisup, candidate: Candidate, data: LabelledShards, ids: n
     )
 
 
-def schedule(options: Semisup) -> TrainConfig:
-    """The protocol's, at this rate."""
-    decay = options.weight_decay
-    if decay < 0:
-        few = options.fraction == 0.01 or "1percent" in options.list
-        decay = 5e-4 if few else 1e-4
+def schedule(options: Semisup, share: float) -> TrainConfig:
+    """The protocol's at this rate, for this share of the labels: 5e-4 decay with 1 %, 1e-4 with more."""
+    decay = options.weight_decay if options.weight_decay >= 0 else 5e-4 if share <= FEW else 1e-4
     return replace(scaled(SCHEDULE, options.epochs), lr=options.lr, weight_decay=decay, batch_size=options.batch_size)
 
 
-def benchmark_name(options: Semisup, data: LabelledShards, ids: np.ndarray) -> str:
+def benchmark_name(data: LabelledShards, ids: np.ndarray) -> str:
     """semisup_1percent and so on, by the share of the labels that is truly used."""
-    share = 100 * len(ids) / max(1, int((data.labels["train"] >= 0).sum()))
-    return f"semisup_{max(1, round(share))}percent"
+    return f"semisup_{max(1, round(100 * _share(data, ids)))}percent"
+
+
+def _share(data: LabelledShards, ids: np.ndarray) -> float:
+    return len(ids) / max(1, int((data.labels["train"] >= 0).sum()))
 
 
 def trial_name(lr: float, head_factor: float) -> str:
@@ -210,7 +215,7 @@ def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: n
     notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
     return [
         Row(
-            benchmark=benchmark_name(options, data, ids),
+            benchmark=benchmark_name(data, ids),
             column=column,
             value=round(figures[key], 2),
             data=data.describe(len(ids)),

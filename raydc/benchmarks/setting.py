@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from raydc import config as configs
 from raydc import launch
 from raydc.benchmarks.options import Setting
 from raydc.checkpoint import BACKBONE, tensors_hash
-from raydc.config import ModelConfig, UsageError
+from raydc.config import Config, ModelConfig, UsageError
 from raydc.models.backbone import Backbone, build_backbone
 from raydc.seeding import derive
 from raydc.storage import Folder
@@ -107,15 +107,24 @@ class Candidate:
         return replace(self, size=size, resize=round(size * self.resize / self.size)) if size else self
 
 
-def open_backbone(spec: str, arch: str = "", seed: int = 0, networks: Mapping[str, Candidate] | None = None) -> Candidate:
-    """The backbone that ``spec`` names; ``networks``: names that random: knows. UsageError where there is none."""
+def open_backbone(spec: str, arch: str = "", seed: int = 0, known: Mapping[str, Candidate] | None = None) -> Candidate:
+    """The backbone that ``spec`` names; ``known``: names for random:. UsageError where there is none."""
     if spec.startswith(RANDOM):
         what = spec.removeprefix(RANDOM)
-        known = (networks or {}) | plain_networks()
+        known = dict(known or {}) | plain_networks()
         like = known[what] if what in known else _trained(what, arch, sorted(known))
         tensors = build_backbone(like.model, derive(seed, "backbone")).state_dict()
         return replace(like, label=spec, tensors=tensors, statistics="untouched", notes=())
     return _trained(spec, arch, None)
+
+
+def networks(recipes: Mapping[str, Callable[[], Config]]) -> dict[str, Candidate]:
+    """The networks of named recipes, without weights."""
+    made = {name: make() for name, make in recipes.items()}
+    return {
+        name: Candidate(label=name, model=one.model, size=one.images.size, resize=one.images.resize, tensors={})
+        for name, one in made.items()
+    }
 
 
 def plain_networks() -> dict[str, Candidate]:

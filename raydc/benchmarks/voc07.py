@@ -16,10 +16,8 @@ OFFICIAL = {"trainval": 5011, "test": 4952}
 
 def image_sets(data: Voc07) -> dict[str, ImageSet]:
     """trainval and test, as images to extract from."""
-    return {
-        split: image_files(data.folder, f"VOC07 {split}", [f"{IMAGES}/{name}" for name in data.names[split]])
-        for split in OFFICIAL
-    }
+    paths = {split: [f"{IMAGES}/{name}" for name in data.names[split]] for split in OFFICIAL}
+    return {split: image_files(data.folder, f"VOC07 {split}", paths[split]) for split in OFFICIAL}
 
 
 def describe(data: Voc07) -> str:

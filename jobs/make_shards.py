@@ -6,26 +6,30 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
-from tyro.conf import Positional
 
+from raydc import commandline
 from raydc.config import UsageError
 from raydc.data.ingest import IngestError, make_shards
 from raydc.data.schema import MANIFEST, Manifest, ShardError
 from raydc.storage import Folder
 
+HELP = """Turn a source of images into Parquet shards, one folder a split (train, val), and a manifest.json.
+  make_shards.py PHOTOS SHARDS                       PHOTOS/CLASS/*.jpg, a tenth of it set aside as val
+  make_shards.py IMAGENET SHARDS --expect train=1281167,val=50000
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Turn a source of images into Parquet shards, one folder a split (train, val), and a manifest.json."""
-
-    src: Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """A folder with a sub-folder for each class, a flat folder (no labels), a folder with train/ and val/
     (or test/), a list file ('path label' a line), an iNaturalist .json, or the name digits."""
-    dest: Positional[str]
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
     """Where the shards go: a new or empty folder, or any pyarrow filesystem URI (s3://, gs://, file://)."""
     val: str | None = None
     """The val split, where it is not SRC/val or SRC/test; any kind of source."""
@@ -49,26 +53,21 @@ class Args:
     """CPUs to use; default: all."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 wrong usage."""
-    try:
-        args = vars(tyro.cli(Args, args=argv))
-        src, dest = args.pop("src"), args.pop("dest")
-        manifest = make_shards(src, dest, **args | {"expect": parse_expect(args["expect"])})
-    except (IngestError, ShardError, OSError) as error:
-        return _fail(error, 1)
-    except (UsageError, ValueError) as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command starts again", 130)
+def main(arguments: list[str] | None = None) -> int:
+    return commandline.run(
+        lambda: _job(sys.argv[1:] if arguments is None else arguments),
+        again="the same command starts again",
+        failures=(IngestError, ShardError, OSError),
+        mistakes=(UsageError, ValueError),
+    )
+
+
+def _job(arguments: list[str]) -> None:
+    args = vars(commandline.parse(Args, arguments, prog="make_shards.py", description=HELP))
+    src, dest = args.pop("src"), args.pop("dest")
+    manifest = make_shards(src, dest, **args | {"expect": parse_expect(args["expect"])})
     print(summary(manifest))
-    print(f"{Folder(dest).uri.rstrip('/')}/{MANIFEST}")
-    return 0
-
-
-def _fail(error: object, status: int) -> int:
-    print(f"make_shards: {error}", file=sys.stderr)
-    return status
+    print(Folder(dest).place(MANIFEST))
 
 
 def parse_expect(text: str | None) -> dict[str, int] | None:

@@ -1,17 +1,26 @@
-"""Pretrain a backbone: ``pretrain.py [RECIPE] [--data SHARDS] [--run-dir DIR] [--field value ...]``."""
+"""Pretrain a backbone."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from dataclasses import field, make_dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this very copy, also in a job's unpacked working directory
 
 import tyro
 
-from raydc.config import Config, RunError, UsageError
+from raydc import commandline
+from raydc.config import Config, UsageError
 from raydc.recipes import RECIPES
 
+HELP = """Pretrain a backbone: extract, cluster, reassign, train.
+  pretrain.py                          the recipe digits: no data, a minute on a laptop
+  pretrain.py cifar10_resnet18 --data SHARDS --run-dir DIR --train.epochs 20
+
+SHARDS is a folder made by make_shards.py. Below are the fields and what RECIPE sets them to. The recipes:
+"""
 ROWS = (("raw pixels", "_pixels"), ("random init", "_random"), ("trained", ""))
 COLUMNS = (
     ("nmi_labels", "NMI at k"),
@@ -19,19 +28,29 @@ COLUMNS = (
     ("knn_top1", "20-NN"),
     ("linear_top1", "linear probe"),
 )
+NO_FIELD = tyro.conf.Suppress[tyro.conf.Fixed[str]]
+# Config as the command line offers it: the recipe is the first word, not a field.
+Fields = make_dataclass("Fields", [("recipe", NO_FIELD, field(default=""))], bases=(Config,), frozen=True, kw_only=True)
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    recipes = {name: make() for name, make in RECIPES.items()}
-    descriptions = {name: make.__doc__ for name, make in RECIPES.items()}
-    choice = tyro.extras.subcommand_type_from_defaults(recipes, descriptions, prefix_names=False)
-    return tyro.cli(
-        choice,
-        default=recipes["digits"],
-        args=arguments,
-        description=__doc__,
-        config=(tyro.conf.CascadeSubcommandArgs,),  # without a RECIPE the fields are those of digits
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name, arguments = commandline.take_name(arguments, RECIPES, "recipe", default="digits")
+    if any(one.partition("=")[0] == "--recipe" for one in arguments):
+        raise UsageError("--recipe is no field: the recipe is the first word, as in pretrain.py cifar10_resnet18 --seed 1")
+    fields = commandline.parse(
+        Fields,
+        arguments,
+        default=Fields(**_values(RECIPES[name]())),
+        prog="pretrain.py [RECIPE]",
+        description=HELP + "\n".join(f"  {recipe:<21}{make.__doc__}" for recipe, make in RECIPES.items()),
+        names=RECIPES,
     )
+    return Config(**_values(fields))
+
+
+def _values(config: Config) -> dict:
+    return {spec.name: getattr(config, spec.name) for spec in dataclasses.fields(Config)}
 
 
 def table(result: dict) -> str:
@@ -44,26 +63,15 @@ def table(result: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        config = parse(arguments)
-        from raydc.deepcluster import (
-            pretrain,
-            run_dir,
-        )  # not before the command line is understood: it imports torch and Ray
+    return commandline.run(lambda: _job(arguments), again="the same command goes on where it was")
 
-        result = pretrain(config)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RunError, OSError) as error:  # OSError: a disk that is full, a place that may not be written
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    print(table(result))
-    print(f"{run_dir(config).uri}/result.json")
-    return 0
+
+def _job(arguments: list[str] | None) -> None:
+    config = parse(arguments)
+    from raydc.deepcluster import pretrain, run_dir  # not before the command line is understood: torch and Ray are slow
+
+    print(table(pretrain(config)))
+    print(run_dir(config).place("result.json"))
 
 
 if __name__ == "__main__":

@@ -170,14 +170,17 @@ def pretrain(config: Config, callbacks=()) -> dict:
     began = time.time()
     local = config.num_workers == 0
     folder = run_dir(config)
+    prepare.earlier(config, folder)
+    prepare.sweep(folder)
     data, manifest = prepare.open_data(config, folder)
-    if not local:
-        launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
-        launch.check_resources(config.num_workers, folder)
-    config = prepare.settle(config, folder, data, manifest)
+    prepare.check_images(config, folder, data, manifest)
     if folder.exists("result.json"):
         print(f"this run is finished; give another --run-dir to train again (its results are in {folder.uri})")
         return folder.read_json("result.json")
+    if not local:  # not before all that can be said without Ray, which takes seconds to start
+        launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
+        launch.check_resources(config.num_workers, folder)
+    config = prepare.settle(config, folder, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     job = Job(
         config=config,

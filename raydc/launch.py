@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,13 +54,28 @@ def attach(num_cpus: int, verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     quiet = {"logging_level": "INFO" if verbose else "ERROR", "log_to_driver": verbose}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", **quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        print(f"joining the cluster at {address} ...", flush=True)
+        _init(address="auto", **quiet)
         return
     # Never a bare init(): it would try the address that a cluster which is gone left behind, for two minutes.
     home = str(Path(__file__).resolve().parents[1])  # workers find raydc wherever the job was started
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    print(f"starting Ray on this machine ({num_cpus} CPUs) ...", flush=True)
+    _init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+
+
+def _init(**options) -> None:
+    """ray.init without its answer to SIGTERM, which is a stack trace of C++: the process keeps its own."""
+    own, stopped = signal.getsignal(signal.SIGTERM), False
+    try:
+        ray.init(**options)
+    except SystemExit:  # SIGTERM has come already
+        stopped = True
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets no handler, and nobody can
+        signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
+    if stopped:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def choose_gpu(asked: str, num_workers: int) -> bool:

@@ -40,36 +40,64 @@ def read_labels(data: Folder, manifest) -> tuple[np.ndarray, np.ndarray]:
     return tuple(shards.labels(data, manifest, s) if s in manifest.splits else none for s in ("train", "val"))
 
 
-def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
-    """Every "auto" decided, once per run: written to config.json by the first start, reused by the later ones."""
+def earlier(config: Config, run_dir: Folder) -> dict | None:
+    """What an earlier start wrote into config.json, None where there was none; UsageError where it was another run's."""
     if not run_dir.exists("config.json") or not run_dir.names("assignments"):  # nothing that another config could spoil
-        chosen = choose(config, data, manifest)
-        facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
-        run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
-        return chosen
+        return None
     try:
         written = run_dir.read_json("config.json")
         asked = configs.from_dict(Config, written["config"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{run_dir.uri}/config.json is not one of a run; give another --run-dir") from None
-    here = {name: getattr(config, name) for name in FREE_TO_CHANGE}
-    others = configs.differences(config, dataclasses.replace(asked, **here))
+    others = configs.differences(config, dataclasses.replace(asked, **_free(config)))
     if others:
         raise UsageError(f"{run_dir.uri} belongs to another config: {'; '.join(others)}. Give another --run-dir")
-    if written["data_fingerprint"] != manifest.fingerprint:
+    return written
+
+
+def check_images(config: Config, run_dir: Folder, data: Folder, manifest) -> None:
+    """UsageError for shards that are not those of the run, or too few for it."""
+    written = earlier(config, run_dir)
+    if written and written["data_fingerprint"] != manifest.fingerprint:
         raise UsageError(f"the shards in {data.uri} are not those {run_dir.uri} was started with; give another --run-dir")
+    k, num_images = config.clustering.num_clusters, manifest.splits["train"].rows
+    if k > num_images:
+        raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
+
+
+def sweep(run_dir: Folder) -> None:
+    """Remove what a killed start left half-written; files of other names stay, whoever put them there."""
+    run_dir.sweep(files=r"config\.json|result\.json|metrics\.jsonl|backbone\.safetensors")
+    run_dir.sweep("assignments")
+    run_dir.sweep("shards", r"manifest\.json")  # what lies deeper there, the ingest removes
+    for epoch in run_dir.names("checkpoints"):
+        run_dir.sweep(f"checkpoints/{epoch}", r"state\.pt")
+
+
+def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
+    """Every "auto" decided, once per run: written to config.json by the first start, reused by the later ones."""
+    check_images(config, run_dir, data, manifest)
+    written = earlier(config, run_dir)
+    if written is None:
+        chosen = choose(config, data, manifest)
+        facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
+        run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
+        return chosen
     chosen = configs.from_dict(Config, written["chosen"])
-    if config.num_workers != asked.num_workers:  # the one choice that hangs on their number
+    if config.num_workers != written["config"]["num_workers"]:  # the one choice that hangs on their number
         chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, threads=_threads(config)))
-    return dataclasses.replace(chosen, **here | {"use_gpu": _yes(launch.choose_gpu(config.use_gpu, config.num_workers))})
+    use_gpu = _yes(launch.choose_gpu(config.use_gpu, config.num_workers))
+    return dataclasses.replace(chosen, **_free(config) | {"use_gpu": use_gpu})
+
+
+def _free(config: Config) -> dict:
+    """The fields that a later start may change, as they are now."""
+    return {name: getattr(config, name) for name in FREE_TO_CHANGE}
 
 
 def choose(config: Config, data: Folder, manifest) -> Config:
     """Decide from the machine and the sizes, never from a stopwatch, so that two runs on one machine choose alike."""
-    num_images = manifest.splits["train"].rows
-    k = config.clustering.num_clusters or max(2, num_images // 128)
-    if k > num_images:
-        raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
+    k = config.clustering.num_clusters or max(2, manifest.splits["train"].rows // 128)
     use_gpu = launch.choose_gpu(config.use_gpu, config.num_workers)
     cached = stream.choose_cache(config, data, manifest)
     if not cached and config.num_workers == 0:

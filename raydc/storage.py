@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.fs
 
 from raydc.config import UsageError
+
+PART = ".part"  # ends the name of what is not whole yet
 
 
 class Folder:
@@ -50,8 +53,13 @@ class Folder:
         """The path of ``name`` in the terms of ``self.fs``."""
         return f"{self.root}/{name}" if name else self.root
 
+    def place(self, name: str) -> str:
+        """The path or URI of ``name`` as a person gives it; a URI keeps its options (``?region=...``) at its end."""
+        uri, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return f"{uri.rstrip('/')}/{name}{mark}{options}"
+
     def child(self, name: str) -> Folder:
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        return Folder(self.place(name))
 
     def exists(self, name: str = "") -> bool:
         return self.fs.get_file_info(self.path(name)).type != pyarrow.fs.FileType.NotFound
@@ -77,7 +85,7 @@ class Folder:
             with self.fs.open_output_stream(path) as file:
                 file.write(data)
             return
-        beside = f"{path}.{uuid.uuid4().hex[:8]}.part"
+        beside = f"{path}.{uuid.uuid4().hex[:8]}{PART}"
         try:
             with open(beside, "wb") as file:
                 file.write(data)
@@ -87,6 +95,12 @@ class Folder:
         except BaseException:
             Path(beside).unlink(missing_ok=True)
             raise
+
+    def sweep(self, name: str = "", files: str = ".+") -> None:
+        """Remove from the folder what kills left of writes to ``files`` (a regular expression of whole names)."""
+        for one in self.names(name) if self.is_local else ():
+            if re.fullmatch(rf"(?:{files})\.[0-9a-f]{{8}}{re.escape(PART)}", one):
+                self.delete(f"{name}/{one}" if name else one)
 
     def read_json(self, name: str):
         return json.loads(self.read(name))

@@ -84,9 +84,39 @@ def test_a_stopped_job_goes_on(head, tmp_path):
     while not list(tmp_path.glob("checkpoints/*/state.pt")):
         assert time.time() < deadline, "the job never committed an epoch"
         time.sleep(0.5)
-    stop = [BIN / "ray", "job", "stop", "--address", address, "to-be-stopped"]
+    stop, logs = ([BIN / "ray", "job", verb, "--address", address, "to-be-stopped"] for verb in ("stop", "logs"))
     assert subprocess.run(stop, env=env, capture_output=True, timeout=120).returncode == 0
     assert not (tmp_path / "result.json").exists()
+    said = subprocess.run(logs, env=env, capture_output=True, text=True, timeout=120).stdout
+    assert "joining the cluster at" in said
+    assert "stopped by SIGTERM; the same command goes on where it was" in said
+    assert "Stack trace" not in said and "SIGTERM received" not in said
     done = submit(head, "--", *long)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "going on in epoch" in done.stdout
+
+
+def test_sigterm_ends_a_run_and_the_ray_it_started(tmp_path):
+    """One sentence on stderr, nothing of the session left, and the same command goes on."""
+    command = [sys.executable, ROOT / "jobs/pretrain.py", "--run-dir", tmp_path, "--train.epochs", "20"]
+    command += ["--train.schedule-epochs", "0", "--probe.every", "0", *TINY]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams) as process:
+        assert process.stdout.readline() == "starting Ray on this machine (3 CPUs) ...\n"
+        next(line for line in process.stdout if "epoch   1/20  train" in line)
+        process.terminate()
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 143
+    assert said == "stopped by SIGTERM; the same command goes on where it was\n"
+    deadline = time.time() + 60
+    while left := processes_of_session(process.pid):
+        assert time.time() < deadline, left
+        time.sleep(0.5)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on in epoch" in done.stdout
+
+
+def processes_of_session(leader: int) -> list[str]:
+    found = subprocess.run(["ps", "-o", "stat=,args=", "-s", str(leader)], capture_output=True, text=True).stdout
+    return [line for line in found.splitlines() if not line.startswith("Z")]

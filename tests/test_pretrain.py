@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,7 +17,7 @@ import safetensors.torch
 import torch
 from tiny import assignments
 
-from raydc import Folder, load_backbone, make_shards
+from raydc import RECIPES, Config, Folder, launch, load_backbone, make_shards
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "pretrain.py"
 TINY = "--num-workers 0 --train.batch-size 128 --train.plan-length 1 --train.threads 1 --model.width 4 --model.stem-stride 2"
@@ -84,9 +88,12 @@ def test_the_backbone_loads_anywhere(finished):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nosuch"], "nosuch"),
-        (["--train.nosuch", "3"], "--train.nosuch"),
-        (["--train.epochs", "many"], "--train.epochs"),
+        (["cifr10"], "there is no recipe 'cifr10'; did you mean cifar10_resnet18?"),
+        (["--seed", "1", "digits"], "digits stands after the fields and must stand before them: pretrain.py digits"),
+        (["--recipe", "digits"], "--recipe is no field: the recipe is the first word"),
+        (["--train.epoch", "3"], "there is no --train.epoch; did you mean --train.epochs?"),
+        (["--train.epochs", "many"], "--train.epochs is many; give a whole number"),
+        (["--model.stem", "big"], "--model.stem is big; give imagenet, small"),
         (["--train.lr", "0"], "train.lr is 0.0; give a positive number"),
         (["--images.hue", "2"], "images.hue is 2.0; give 0 to 0.5"),
         (["cifar10_resnet18"], "recipe cifar10_resnet18 needs images; make shards with jobs/make_shards.py"),
@@ -100,8 +107,109 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert job(*arguments) == 2
     said = capsys.readouterr()
-    assert words in (said.out + said.err).replace("\n", " ")
-    assert "Traceback" not in said.err
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def flags(config, prefix: str = "--"):
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        name = prefix + spec.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from flags(value, f"{name}.")
+        else:
+            yield name
+
+
+def test_help_shows_two_examples_and_every_field_but_the_recipe(capsys):
+    assert job("--help") == 0
+    said = capsys.readouterr().out
+    head = said[: said.index("--seed INT")]
+    assert "  pretrain.py cifar10_resnet18 --data SHARDS --run-dir DIR" in head
+    assert len([line for line in head.splitlines() if line.startswith("  pretrain.py")]) == 2
+    assert all(recipe in head for recipe in RECIPES)
+    shown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", said))
+    assert set(flags(Config())) - {"--recipe"} <= shown
+    assert "--recipe" not in shown
+    assert "Rounds of extract, cluster, reassign, train. (default: 5)" in said
+
+
+def test_help_of_a_recipe_shows_its_defaults(capsys):
+    assert job("cifar10_resnet18", "--help") == 0
+    assert "Rounds of extract, cluster, reassign, train. (default: 8)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Whoever starts Ray fails."""
+
+    def attach(*_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(launch, "attach", attach)
+
+
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cifar10_resnet18"], "needs images"),
+        (["cifar10_resnet18", "--data", "nowhere"], "holds no manifest.json"),
+        (["--clustering.num-clusters", "1438"], "above the number of images"),
+    ],
+)
+def test_what_needs_no_ray_is_said_before_it_starts(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert job(*arguments, "--num-workers", "1") == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_finished_run_answers_without_ray(finished, capsys):
+    two = ["--train.epochs", "2", "--train.schedule-epochs", "2", "--num-workers", "1"]
+    assert job("--run-dir", str(finished), *two) == 0
+    said = capsys.readouterr().out
+    assert "this run is finished" in said
+    assert said.splitlines()[-1] == f"{finished}/result.json"
+    assert job("--run-dir", str(finished), *two, "--seed", "1") == 2
+    assert "seed is 0 there and 1 here" in capsys.readouterr().err
+
+
+def test_a_run_directory_of_another_recipe_is_refused_before_anything_is_written(finished, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "shards")
+    before = sorted(run_dir.rglob("*"))
+    assert job("--run-dir", str(run_dir), "--seed", "7") == 2
+    assert "belongs to another config" in capsys.readouterr().err
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_start_removes_what_a_kill_left_half_written(tmp_path):
+    left = ("metrics.jsonl", "config.json", "checkpoints/epoch_0000/state.pt", "assignments/epoch_0000.parquet")
+    kept = ("notes.part", "film.0123abcd.part", "checkpoints/epoch_0000/readme.0123abcd.part")
+    for name in [*(f"{name}.0123abcd.part" for name in left), "shards/manifest.json.0123abcd.part", *kept]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    assert job("--run-dir", str(tmp_path), "--train.epochs", "1", "--train.schedule-epochs", "1") == 0
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.part")} == set(kept)
+
+
+def test_sigterm_is_one_sentence_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, str(JOB), *TINY.split(), "--run-dir", str(tmp_path), "--train.schedule-epochs", "0"]
+    command += ["--train.epochs", "12", "--probe.every", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if "epoch   1/12  train" in line)
+        process.terminate()
+        rest, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert said == "stopped by SIGTERM; the same command goes on where it was\n"
+    assert "12/12" not in rest
+    assert not (tmp_path / "result.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"going on in epoch ([1-9]|1[01]): ", done.stdout)
 
 
 def test_a_run_directory_of_another_config_is_refused(finished, capsys):

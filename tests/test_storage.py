@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -46,6 +47,58 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
         folder.write("state", b"new" * 1000)
         assert head + reader.read() == b"old" * 1000
     assert folder.read("state") == b"new" * 1000
+
+
+KILLED = """
+import os, signal, sys
+from raydc.storage import Folder
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # at the last step of the write
+Folder(sys.argv[1]).write("deep/state.pt", b"x" * 1000)
+"""
+
+
+def test_what_a_kill_left_of_a_write_is_swept_and_nothing_else(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = (tmp_path / "deep").iterdir()
+    kept = {"state.pt", "film.part", "state.pt.0123abcd", "state.pt.0123abcg.part", "other.0123abcd.part", "0123abcd.part"}
+    for name in kept:
+        (tmp_path / "deep" / name).write_text("mine")
+    folder = Folder(tmp_path)
+    folder.sweep("deep", r"state\.p")
+    assert left.exists()
+    folder.sweep("deep", r"state\.pt")
+    assert {file.name for file in (tmp_path / "deep").iterdir()} == kept
+    folder.sweep("deep")
+    assert {file.name for file in (tmp_path / "deep").iterdir()} == kept - {"other.0123abcd.part"}
+    folder.sweep("never there")
+
+
+@pytest.mark.parametrize(
+    ("uri", "child"),
+    [
+        ("s3://b/p?region=x", "s3://b/p/child?region=x"),
+        ("s3://b/p/?region=x&scheme=http", "s3://b/p/child?region=x&scheme=http"),
+        ("s3://b/p", "s3://b/p/child"),
+        ("gs://b/", "gs://b/child"),
+    ],
+)
+def test_the_options_of_a_uri_stay_at_its_end(tmp_path, uri, child):
+    folder = Folder(tmp_path)
+    folder.uri = uri  # opening such a place asks a server for its region
+    assert folder.place("child") == child
+
+
+def test_the_child_of_a_uri_with_options_is_inside_it(tmp_path):
+    folder = Folder(f"file://{tmp_path}/run?option=1")
+    folder.child("a").child("b").write("x", "1")
+    assert folder.child("a").uri == f"file://{tmp_path}/run/a?option=1"
+    assert (tmp_path / "run/a/b/x").read_text() == "1"
+
+
+def test_a_question_mark_in_a_path_is_an_ordinary_letter(tmp_path):
+    Folder(tmp_path / "why?").child("a").write("x", "1")
+    assert (tmp_path / "why?" / "a" / "x").read_text() == "1"
 
 
 @pytest.fixture(params=["path", "file URI", "not local"])

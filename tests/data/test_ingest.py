@@ -342,5 +342,5 @@ def test_command_line_errors_are_one_sentence(tmp_path, arguments, status, messa
     failed = job(*(dest if argument == "d" else argument for argument in arguments))
     assert failed.returncode == status
     (line,) = [line for line in failed.stderr.splitlines() if line and "images/s" not in line]
-    assert line.startswith("make_shards: ") and message in line
+    assert line.startswith("error: ") and message in line
     assert failed.stdout == ""

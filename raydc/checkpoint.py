@@ -57,9 +57,9 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor], facts: str = "") -> str:
-    """Of names and values, in their order, after ``facts``."""
+    """Of names and values, in the order of the names (files of tensors have none of their own), after ``facts``."""
     digest = hashlib.blake2b(facts.encode(), digest_size=16)
-    for key, value in tensors.items():
+    for key, value in sorted(tensors.items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

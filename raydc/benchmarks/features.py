@@ -11,6 +11,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -181,13 +182,13 @@ def compute_config(setting: Setting) -> TrainConfig:
     return TrainConfig(precision=precision, channels_last="yes", threads=threads)
 
 
-def _tables(images: ImageSet) -> Iterator[pa.Table]:
-    """(image_id, image or path), at most BLOCK rows each."""
+def _tables(images: ImageSet, block: int = BLOCK) -> Iterator[pa.Table]:
+    """(image_id, image or path), at most ``block`` rows each."""
     if images.paths:
         table = pa.table({"image_id": np.arange(images.rows), "path": list(images.paths)})
-        yield from (table.slice(start, BLOCK) for start in range(0, images.rows, BLOCK))
+        yield from (table.slice(start, block) for start in range(0, images.rows, block))
     for file in images.files:
-        for batch in pq.ParquetFile(file, filesystem=images.folder.fs).iter_batches(BLOCK, columns=["image_id", "image"]):
+        for batch in pq.ParquetFile(file, filesystem=images.folder.fs).iter_batches(block, columns=["image_id", "image"]):
             yield pa.Table.from_batches([batch])
 
 
@@ -199,12 +200,11 @@ def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Ite
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
+    block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
     if images.paths:
-        paths = pa.table({"image_id": np.arange(images.rows), "path": list(images.paths)})
-        dataset = ray.data.from_arrow(paths)
+        dataset = ray.data.from_arrow(list(_tables(images, block)))
     else:
         dataset = ray.data.read_parquet(list(images.files), columns=["image_id", "image"], filesystem=images.folder.fs)
-    block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
     done = dataset.map_batches(
         Extractor,
         fn_constructor_args=arguments,
@@ -215,6 +215,7 @@ def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Ite
         num_gpus=1 if arguments[-1] else 0,
     )
     try:
+        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a set of one file
         yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayTaskError as error:
         cause = error.cause

@@ -7,8 +7,8 @@ import numpy as np
 from raydc.benchmarks import scorecard
 from raydc.benchmarks.features import extract, shard_split, variants
 from raydc.benchmarks.learner import LabelledShards, open_shards
-from raydc.benchmarks.linear import PRESETS
 from raydc.benchmarks.options import Knn
+from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import Candidate, attach, claim
 from raydc.clustering.neighbours import nearest
@@ -57,7 +57,7 @@ def run(options: Knn, candidate: Candidate) -> list[Row]:
                 value=round(best[column], 2),
                 data=data.describe(),
                 backbone=candidate.label,
-                full=data.has(PRESETS["imagenet"].expect) and candidate.size == 224,
+                full=data.has(OFFICIAL["imagenet"]) and candidate.size == 224,
                 notes=tuple(notes),
             )
         )

@@ -22,6 +22,14 @@ class Published:
     note: str = ""
 
 
+# Images of the full sets: a figure measured on fewer is none of theirs.
+OFFICIAL = {
+    "imagenet": {"train": 1_281_167, "val": 50_000},
+    "places205": {"train": 2_448_873, "val": 20_500},
+    "inat18": {"train": 437_513, "val": 24_426},
+    "voc07": {"trainval": 5_011, "test": 4_952},
+}
+
 SOURCES = {
     "O": "OpenSelfSup MODEL_ZOO",
     "M": "mmselfsup 0.x READMEs",

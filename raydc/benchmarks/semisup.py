@@ -17,8 +17,8 @@ import torch
 from raydc import checkpoint, launch
 from raydc.benchmarks import scorecard
 from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
-from raydc.benchmarks.linear import PRESETS
 from raydc.benchmarks.options import Semisup
+from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import Candidate, attach, claim
 from raydc.config import ImagesConfig, TrainConfig, UsageError
@@ -209,7 +209,7 @@ def trial_name(lr: float, head_factor: float) -> str:
 
 def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, result: dict) -> list[Row]:
     figures = result["figures"]
-    official = bool(options.list) and data.has(PRESETS["imagenet"].expect) and candidate.size == 224 and not options.epochs
+    official = bool(options.list) and data.has(OFFICIAL["imagenet"]) and candidate.size == 224 and not options.epochs
     notes = [*candidate.notes, figures["note"], trial_name(options.lr, options.head_factor)]
     notes += [f"{options.epochs} epochs instead of {SCHEDULE.epochs}"] if options.epochs else []
     notes += [f"{candidate.size} px images"] if candidate.size != 224 else []

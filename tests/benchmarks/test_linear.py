@@ -13,6 +13,7 @@ from raydc.benchmarks import linear, scorecard
 from raydc.benchmarks.learner import open_shards, scaled, top_hits
 from raydc.benchmarks.linear import PRESETS, Heads, Probe, build_optimizer, figures, set_rates, with_jitter
 from raydc.benchmarks.options import AVGPOOL, LAYERS, Linear
+from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.setting import open_backbone
 from raydc.config import ImagesConfig, ModelConfig, UsageError
 from raydc.models.backbone import Backbone
@@ -52,7 +53,7 @@ def test_presets_follow_the_protocol(name, epochs, milestones, avgpool_epochs, a
         256,
     )
     assert (avgpool.lr, avgpool.weight_decay, avgpool.momentum, avgpool.nesterov) == (30, 0, 0.9, False)
-    assert PRESETS[name].expect == rows
+    assert OFFICIAL[name] == rows
     assert bool(PRESETS[name].note) == (name != "imagenet")
     assert PRESETS[name].crop == ("square" if name == "places205" else "resized")
     jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "lighting": 0.1}

@@ -65,7 +65,7 @@ def main() -> None:
         ok = high - low > low_spread + high_spread
         text = "".join(f"{mean:>10.2f} +- {spread:<4.2f}" for mean, spread in cells.values())
         print(f"{benchmark:<20}{column:<10}{text}  {'yes' if ok else 'NO'}")
-        rows.append({"row": f"{benchmark} {column}", "ok": ok} | {name: cell for name, cell in cells.items()})
+        rows.append({"row": f"{benchmark} {column}", "ok": ok} | cells)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

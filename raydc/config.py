@@ -80,8 +80,6 @@ class ImagesConfig:
     tasks when the cluster has more than 4 CPUs for each worker."""
     shuffle_buffer: int = 2048
     """Images a streaming worker holds to mix them: encoded, or as crops where data tasks decode."""
-    view: Literal["centre", "squash"] = "centre"
-    """What extraction sees: the centre of the image resized to resize, or all of it, squashed to a square (VOC SVM)."""
     crop: Literal["resized", "square"] = "resized"
     """Training crops: a random box, resized (RandomResizedCrop); or size pixels anywhere in the central square of resize."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -207,6 +205,8 @@ class TrainConfig:
             _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
         for name in ("momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
             _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
+        _check(not self.nesterov or self.momentum > 0, "train.nesterov needs train.momentum above 0; give one or the other")
+        _check(self.schedule != "step" or self.milestones, "train.schedule step needs train.milestones; give the epochs")
         _check(
             self.schedule_epochs == 0 or self.schedule_epochs >= self.epochs,
             f"train.schedule_epochs {self.schedule_epochs} is below train.epochs {self.epochs}; raise it or give 0",

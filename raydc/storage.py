@@ -58,6 +58,11 @@ class Folder:
         uri, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return f"{uri.rstrip('/')}/{name}{mark}{options}"
 
+    def sibling(self, name: str) -> Folder:
+        """Of the same parent."""
+        uri, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return Folder(f"{uri.rstrip('/').rpartition('/')[0]}/{name}{mark}{options}")
+
     def child(self, name: str) -> Folder:
         return Folder(self.place(name))
 

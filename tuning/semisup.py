@@ -14,6 +14,7 @@ from raydc.benchmarks.options import Sweep
 from raydc.config import RunError
 from raydc.recipes import RECIPES
 
+STOPPED = "stopped.json"
 HELP = """Fine-tune a backbone with a part of the labels, at each point of the page's grid, and name the best.
   tuning/semisup.py --backbone runs/in1k_resnet50 --data SHARDS --fraction 0.01 --run-dir runs/sweep
 """
@@ -35,9 +36,9 @@ def _job(sweep: Sweep) -> None:
     candidate = setting.open_backbone(sweep.backbone, sweep.arch, sweep.seed, setting.networks(RECIPES)).at(sweep.size)
     data = learner.open_shards(sweep.data)
     ids = semisup.choose_ids(sweep, data)
-    free = ("max_concurrent", "cpus_per_trial")
-    setting.claim(sweep, {"backbone": candidate.fingerprint, "data": data.fingerprint}, others=free)
-    print(f"{semisup.benchmark_name(data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
+    free = ("max_concurrent", "cpus_per_trial", "threads")
+    setting.claim(sweep, semisup.facts(candidate, data, ids), others=free)
+    print(f"{semisup.benchmark_name(sweep, data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
     failures = run(sweep, candidate, data, ids)
     results = finished(sweep)
     print(table(sweep, results, failures))
@@ -93,14 +94,17 @@ def table(sweep: Sweep, results: dict, failures: dict[str, str]) -> str:
 
 def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     """Train what has no result yet; {trial: why it has none} of those that failed or were stopped early."""
-    todo = [point for point in grid(sweep) if point not in finished(sweep)]
+    from raydc.benchmarks.semisup import trial_name
+
+    done, stopped = finished(sweep), stopped_early(sweep)
+    todo = [point for point in grid(sweep) if point not in done and trial_name(*point) not in stopped]
     if not todo:
-        return {}
+        return stopped
     from raydc import launch
 
     most = (sweep.num_workers + launch.SPARE_CPUS) if sweep.num_workers else 0
-    launch.attach(max(os.cpu_count() or 1, sweep.cpus_per_trial, most), sweep.verbose)
-    launch.check_resources(sweep.num_workers, sweep.folder) if sweep.num_workers else None
+    launch.attach(max(os.cpu_count() or 1, sweep.cpus_per_trial, most, launch.SPARE_CPUS), sweep.verbose)
+    launch.check_resources(sweep.num_workers, sweep.folder)
 
     import ray
     from ray import tune
@@ -108,10 +112,9 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     use_gpu = launch.choose_gpu(sweep.use_gpu, max(1, sweep.num_workers))
     need = max(1, sweep.num_workers)
     cpus = int(ray.cluster_resources().get("CPU", 1))
+    at_once = (cpus - launch.SPARE_CPUS) // need if sweep.num_workers else cpus // sweep.cpus_per_trial
     if use_gpu:
-        at_once = int(ray.cluster_resources()["GPU"]) // need
-    else:
-        at_once = (cpus - launch.SPARE_CPUS) // need if sweep.num_workers else cpus // sweep.cpus_per_trial
+        at_once = min(at_once, int(ray.cluster_resources()["GPU"]) // need)
     at_once = max(1, min(sweep.max_concurrent or len(todo), at_once, len(todo)))
     # A trial that hands its work to Ray Train holds no CPU itself: else drivers alone could fill the machine for ever.
     resources = {"CPU": 0.01} if sweep.num_workers else {"CPU": sweep.cpus_per_trial, "GPU": int(use_gpu)}
@@ -141,7 +144,16 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     )
     results = tuner.fit()
     sweep.folder.delete_folder("ray")
-    return {name_of(result.config): why(result) for result in results}
+    reasons = {name_of(result.config): why(result) for result in results}
+    left = {trial_name(*point) for point in grid(sweep) if point not in finished(sweep)}
+    stopped |= {name: reasons[name] for name in left & set(reasons) if reasons[name].startswith("stopped")}
+    sweep.folder.write_json(STOPPED, stopped)
+    return reasons | stopped
+
+
+def stopped_early(sweep: Sweep) -> dict[str, str]:
+    """Trials that ASHA gave up, which are not begun again."""
+    return sweep.folder.read_json(STOPPED) if sweep.folder.exists(STOPPED) else {}
 
 
 def name_of(config: dict) -> str:
@@ -182,16 +194,17 @@ def shared_images(sweep: Sweep, candidate, data, ids):
 def train_point(config: dict, sweep: Sweep, parts: tuple, streams, use_gpu: bool) -> None:
     """One point of the grid, as Tune calls it."""
     from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     from raydc.benchmarks import semisup, setting
 
     candidate, data, ids = (part.get() for part in parts)
     options = trial_options(sweep, *config["point"])
-    setting.claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    setting.claim(options, semisup.facts(candidate, data, ids), others=("threads",))
     job = semisup.prepare(options, candidate, data, ids, streams)
     epochs = job.config.train.epochs  # its figures are told when result.json is written
     if options.num_workers:
-        figures = semisup.train(options, job)
+        figures = semisup.train(options, job, [TuneReportCallback()])
     else:
         figures = semisup.fine_tune(
             job, lone_worker(use_gpu), tell=lambda seen: seen["epoch"] < epochs and tune.report(seen)

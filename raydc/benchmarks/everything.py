@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from raydc.benchmarks import knn, linear, scorecard, semisup, voc07
 from raydc.benchmarks.datasets import read_voc07
+from raydc.benchmarks.learner import open_shards
 from raydc.benchmarks.options import All, Knn, Linear, Lowshot, Semisup, Setting, Svm
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate
+from raydc.benchmarks.setting import Candidate, claim
 from raydc.config import UsageError
 from raydc.data.schema import MANIFEST
 from raydc.storage import Folder
@@ -24,49 +25,65 @@ RUN: dict[type[Setting], Callable[..., list[Row]]] = {
 
 
 def run(options: All, candidate: Candidate) -> list[Row]:
-    """The rows of all benchmarks, written as they come; a rerun goes on with what is missing."""
-    folder = Folder(options.run_dir)
-    rows: list[Row] = []
+    """The rows of all benchmarks, written as they come; a rerun goes on with what is missing.
+
+    What the data do not allow is said and left out; UsageError where nothing is left.
+    """
+    folder, rows, refused = options.folder, [], []
+    claim(options, {"backbone": candidate.fingerprint}, others=("fractions", "lists"))
     for one in _plan(options):
-        done = scorecard.read(one.folder) if one.folder.exists(scorecard.SCORECARD) else RUN[type(one)](one, candidate)
-        rows = scorecard.merge(rows, done)
+        try:
+            rows = scorecard.merge(rows, RUN[type(one)](one, candidate))
+        except UsageError as error:
+            refused.append(f"{type(one).__name__.lower()} on {one.data}: {error}")
+            print(f"left out: {refused[-1]}", flush=True)
+            continue
         scorecard.write(folder, rows)
+    if not rows:
+        raise UsageError(f"nothing could be measured ({'; '.join(refused)})")
     return rows
 
 
 def _plan(options: All) -> Iterator[Setting]:
     """Each benchmark with its options; those with the cached features first."""
-    for place in options.data:
-        if Folder(place).exists(MANIFEST):
-            yield from _on_shards(options, place)
-        else:
-            yield from _on_voc07(options, place)
+    for number, place in enumerate(options.data):
+        base = place.rstrip("/").rpartition("/")[2]
+        twice = sum(one.rstrip("/").rpartition("/")[2] == base for one in options.data) > 1
+        kind = _on_shards if Folder(place).exists(MANIFEST) else _on_voc07
+        yield from kind(options, place, f"{base}_{number}" if twice else base)
 
 
 def _given(options: All, cls: type[Setting], data: str, name: str, **more) -> Setting:
     """Options of one benchmark; its run directory is named after it and its data."""
-    where = f"{options.run_dir.rstrip('/')}/{name}_{data.rstrip('/').rpartition('/')[2]}"
+    run_dir = Folder(options.run_dir)
     common = {field.name: getattr(options, field.name) for field in fields(Setting) if hasattr(options, field.name)}
-    features = f"{options.run_dir.rstrip('/')}/features"
-    return cls(**common | {"data": data, "run_dir": where, "features": features} | more)
+    places = {"data": data, "run_dir": run_dir.place(name), "features": run_dir.place("features")}
+    return cls(**common | places | more)
 
 
-def _on_shards(options: All, data: str) -> Iterator[Setting]:
-    yield _given(options, Knn, data, "knn")
-    for fraction in options.fractions:
-        yield _given(options, Semisup, data, f"semisup_{fraction:g}", fraction=fraction)
-    yield _given(options, Linear, data, f"linear_{options.preset}", preset=options.preset, epochs=options.epochs)
+def _on_shards(options: All, data: str, name: str) -> Iterator[Setting]:
+    num_labelled = int((open_shards(data).labels["train"] >= 0).sum())
+    neighbours = tuple(k for k in Knn.neighbours if k <= num_labelled) or (1,)
+    yield _given(options, Knn, data, f"knn_{name}", neighbours=neighbours)
+    for number, path in enumerate(options.lists):
+        yield _given(options, Semisup, data, f"semisup_list{number}_{name}", list=path)
+    for fraction in () if options.lists else options.fractions:
+        yield _given(options, Semisup, data, f"semisup_{fraction:g}_{name}", fraction=fraction)
+    linear = {"preset": options.preset, "epochs": options.epochs}
+    yield _given(options, Linear, data, f"linear_{options.preset}_{name}", **linear)
 
 
-def _on_voc07(options: All, data: str) -> Iterator[Setting]:
+def _on_voc07(options: All, data: str, name: str) -> Iterator[Setting]:
     try:
         labels = read_voc07(data).labels["trainval"]
     except UsageError as error:
         raise UsageError(f"{data} is neither shards (no {MANIFEST}) nor a VOC2007 folder ({error})") from None
-    svm = _given(options, Svm, data, "svm")
+    svm = _given(options, Svm, data, f"svm_{name}")
     yield svm
-    best = next(row for row in scorecard.read(svm.folder) if row.column == "best")
+    best = next((row for row in scorecard.read(svm.folder) if row.column == "best"), None)
+    if best is None:
+        return
     layer = next(note.removeprefix("best layer ") for note in best.notes if note.startswith("best layer "))
     most = int((labels == 1).sum(0).min())
-    lowshot = _given(options, Lowshot, data, "lowshot", layer=layer)
-    yield replace(lowshot, shots=tuple(k for k in lowshot.shots if k <= most))
+    shots = tuple(k for k in Lowshot.shots if k <= most)
+    yield _given(options, Lowshot, data, f"lowshot_{name}", layer=layer, shots=shots)

@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,8 +22,10 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 import safetensors.numpy
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 
 from raydc import launch, training
 from raydc.benchmarks.options import LAYERS, Setting
@@ -66,7 +68,8 @@ class Tapped(torch.nn.Module):
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.taps == "avgpool":
             return {"avgpool": self.backbone(pixels)}
-        return {layer: value.flatten(1) for layer, value in pool(self.backbone.taps(pixels)).items()}
+        maps = {layer: value.float() for layer, value in self.backbone.taps(pixels).items()}
+        return {layer: value.flatten(1) for layer, value in pool(maps).items()}
 
 
 # --- what is extracted from ---------------------------------------------------------------------------------------------
@@ -105,38 +108,62 @@ def image_files(folder: Folder, name: str, paths: list[str]) -> ImageSet:
 class Extractor:
     """What runs on a worker: a table of (image_id, image or path) -> its features in a file of ``cache``."""
 
-    def __init__(
-        self, candidate, images: ImageSet, config: ImagesConfig, taps: Taps, cache: Folder, train: TrainConfig, gpu
-    ):
+    def __init__(self, candidate, images: ImageSet, seen: View, taps: Taps, cache: Folder, train: TrainConfig, gpu: bool):
         device = torch.device("cuda" if gpu else "cpu")
         self.compute, threads = training.open_compute(train, device, 1, deterministic=False)
         self.network = self.compute.prepare(Tapped(candidate, taps))
-        self.folder, self.config, self.cache = images.folder, config, cache
-        self.pool = ThreadPoolExecutor(threads)
+        self.reader, self.cache = Reader(images.folder, seen, threads), cache
 
     def __call__(self, table: pa.Table) -> pa.Table:
         ids = table["image_id"].to_numpy()
-        batches = [self._features(table.slice(start, BATCH)) for start in range(0, len(table), BATCH)]
+        pixels = (self.reader(table.slice(start, BATCH)) for start in range(0, len(table), BATCH))
+        batches = [self._features(batch) for batch in training.prefetch(pixels)]
         arrays = {tap: np.concatenate([batch[tap] for batch in batches]) for tap in batches[0]}
         name = f"block-{uuid.uuid4().hex}.safetensors"
         self.cache.write(name, safetensors.numpy.save(arrays | {"image_id": ids}))
         return pa.table({"image_id": ids, "file": [name] * len(ids)})
 
     @torch.inference_mode()
-    def _features(self, table: pa.Table) -> dict[str, np.ndarray]:
-        images = list(self.pool.map(self._decode, *self._encoded(table)))
-        heights, widths = (np.array([image.shape[axis] for image in images], np.int64) for axis in (0, 1))
-        boxes = transforms.centre_boxes(self.config, heights, widths)
-        pixels = cut(images, boxes, None, self.config.size, self.pool)
+    def _features(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
         with self.compute.autocast():
             found = self.network(self.compute.place(pixels))
         return {tap: value.float().cpu().numpy() for tap, value in found.items()}
 
-    def _encoded(self, table: pa.Table) -> tuple[list, list]:
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How a backbone is shown an image: resized to a short side of ``resize``, then the centre of ``size`` pixels; or, with
+    ``squash``, resized once more to a square of ``size`` (protocol 2)."""
+
+    size: int
+    resize: int
+    squash: bool = False
+
+
+class Reader:
+    """Tables of (image_id, image or path) -> pixels, uint8 (B, 3, size, size)."""
+
+    def __init__(self, folder: Folder, view: View, threads: int) -> None:
+        self.folder, self.view = folder, view
+        self.pool = ThreadPoolExecutor(threads)
+
+    def __call__(self, table: pa.Table) -> torch.Tensor:
         if "image" in table.column_names:
-            return table["image"].to_pylist(), [f"image_id {i}" for i in table["image_id"].to_pylist()]
-        paths = table["path"].to_pylist()
-        return list(self.pool.map(self.folder.read, paths)), paths
+            encoded, names = table["image"].to_pylist(), [f"image_id {i}" for i in table["image_id"].to_pylist()]
+        else:
+            names = table["path"].to_pylist()
+            encoded = list(self.pool.map(self.folder.read, names))
+        images = list(self.pool.map(self._decode, encoded, names))
+        if self.view.squash:
+            return torch.stack(list(self.pool.map(self._squash, images)))
+        heights, widths = (np.array([image.shape[axis] for image in images], np.int64) for axis in (0, 1))
+        config = ImagesConfig(size=self.view.size, resize=self.view.resize)
+        return cut(images, transforms.centre_boxes(config, heights, widths), None, self.view.size, self.pool)
+
+    def _squash(self, pixels_HWC: np.ndarray) -> torch.Tensor:
+        image = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+        short_side = TF.resize(image, [self.view.resize], antialias=True)
+        return TF.resize(short_side, [self.view.size, self.view.size], antialias=True)
 
     @staticmethod
     def _decode(data: bytes, name: str) -> np.ndarray:
@@ -146,32 +173,37 @@ class Extractor:
             raise RunError(f"{name} cannot be read ({error}); replace the file, or make the shards again") from None
 
 
-def view(candidate: Candidate, squash: bool = False) -> ImagesConfig:
+def view(candidate: Candidate, squash: bool = False) -> View:
     """How the backbone is shown an image that is not augmented."""
-    return ImagesConfig(size=candidate.size, resize=candidate.resize, view="squash" if squash else "centre")
+    return View(size=candidate.size, resize=candidate.resize, squash=squash)
 
 
 def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps, *, squash: bool = False) -> Extraction:
     """The features of ``images``, from the cache where they are there."""
-    config, train = view(candidate, squash), compute_config(setting)
-    facts = [candidate.fingerprint, images.fingerprint, taps, config.view, config.size, config.resize, train.precision]
-    key = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-    cache = setting.features_folder.child(key)
+    seen, train = view(candidate, squash), compute_config(setting)
+    facts = [candidate.fingerprint, images.fingerprint, taps, asdict(seen), train.precision]
+    cache = setting.features_folder.child(_key(facts))
     if cache.exists(INDEX):
         print(f"features of {images.rows:,} {images.name} images: {cache.uri} has them", flush=True)
         return Extraction(cache, cache.read_json(INDEX), from_cache=True)
     began = time.perf_counter()
     gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
-    arguments = (candidate, images, config, taps, cache, train, gpu)
+    arguments = (candidate, images, seen, taps, cache, train, gpu)
     run = _extract_here if setting.num_workers == 0 else _extract_on_ray
     files = _coverage(run(setting, images, arguments), images)
     index = {"facts": facts, "rows": images.rows, "files": files, "backbone": candidate.name, "images": images.name}
     cache.write_json(INDEX, index)
+    for left in set(cache.names()) - {INDEX, *files}:  # by a kill, or a block that was done twice
+        cache.delete(left)
     seconds = time.perf_counter() - began
     print(
         f"features of {images.rows:,} {images.name} images: {seconds:.1f} s, {images.rows / seconds:,.0f} img/s", flush=True
     )
     return Extraction(cache, index)
+
+
+def _key(facts: list) -> str:
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
 def compute_config(setting: Setting) -> TrainConfig:
@@ -199,7 +231,8 @@ def _extract_here(setting: Setting, images: ImageSet, arguments: tuple) -> Itera
 def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars, context.raise_original_map_exception = False, True
     block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
     if images.paths:
         dataset = ray.data.from_arrow(list(_tables(images, block)))
@@ -214,14 +247,23 @@ def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Ite
         num_cpus=1,
         num_gpus=1 if arguments[-1] else 0,
     )
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a set of one file
     try:
-        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a set of one file
         yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause
-        raise (cause if isinstance(cause, RunError) else error) from None
+    except ray.exceptions.RayError as error:
+        raise _as_run_error(error) from None
+
+
+def _as_run_error(error: BaseException) -> RunError:
+    """What the user can mend, from the depth of Ray's own errors; else its last words."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, RunError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    last = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:200]
+    said = last.partition("RunError: ")[2]
+    return RunError(said or f"the extraction failed ({last}); --verbose shows Ray's log")
 
 
 def _coverage(tables: Iterator[pa.Table], images: ImageSet) -> list[str]:
@@ -260,22 +302,28 @@ class Extraction:
 # --- fresh weights ------------------------------------------------------------------------------------------------------
 
 
-def variants(candidate: Candidate, images: ImageSet, squash: bool = False) -> list[Candidate]:
-    """The candidate; for fresh weights also with BatchNorm statistics of some of the images, the first ones of the set."""
+def variants(setting: Setting, candidate: Candidate, images: ImageSet, *, squash: bool = False) -> list[Candidate]:
+    """The candidate; for fresh weights also with BatchNorm statistics of some of the images, the first ones of the set.
+
+    Those are kept beside the features, so that a later start measures the same network.
+    """
     if not candidate.is_random:
         return [candidate]
+    seen = view(candidate, squash)
+    name = f"adapted-{_key([candidate.fingerprint, images.fingerprint, asdict(seen)])}.safetensors"
+    folder = setting.features_folder
+    if not folder.exists(name):
+        folder.write(name, safetensors.torch.save(_adapted(candidate, images, seen)))
+    tensors = safetensors.torch.load(folder.read(name))
+    return [candidate, replace(candidate, tensors=tensors, statistics="adapted")]
+
+
+def _adapted(candidate: Candidate, images: ImageSet, seen: View) -> dict[str, torch.Tensor]:
+    reader, backbone = Reader(images.folder, seen, os.cpu_count() or 1), candidate.build()
     table = pa.concat_tables(list(_first(images, ADAPT_IMAGES)))
-    extractor_config = view(candidate, squash)
-    backbone = candidate.build()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        encoded = (
-            table["image"] if "image" in table.column_names else pa.array(map(images.folder.read, table["path"].to_pylist()))
-        )
-        decoded = list(threads.map(decode, encoded.to_pylist()))
-        sizes = (np.array([image.shape[axis] for image in decoded], np.int64) for axis in (0, 1))
-        pixels = cut(decoded, transforms.centre_boxes(extractor_config, *sizes), None, candidate.size, threads)
-    adapt_statistics(backbone, (batch.float() for batch in pixels.split(BATCH) if len(batch) > 1))
-    return [candidate, replace(candidate, tensors=backbone.state_dict(), statistics="adapted")]
+    batches = (table.slice(start, BATCH) for start in range(0, len(table), BATCH))
+    adapt_statistics(backbone, (reader(batch).float() for batch in batches if len(batch) > 1))
+    return {key: value.contiguous() for key, value in backbone.state_dict().items()}
 
 
 def _first(images: ImageSet, num: int) -> Iterator[pa.Table]:

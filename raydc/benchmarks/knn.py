@@ -10,9 +10,11 @@ from raydc.benchmarks.learner import LabelledShards, open_shards
 from raydc.benchmarks.options import Knn
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
 from raydc.clustering.neighbours import nearest
 from raydc.config import UsageError
+
+TEMPERATURE = 0.07  # of the published rows
 
 
 def vote(similar_Mk: np.ndarray, labels_Mk: np.ndarray, k: int, temperature: float, num_classes: int) -> np.ndarray:
@@ -24,15 +26,19 @@ def vote(similar_Mk: np.ndarray, labels_Mk: np.ndarray, k: int, temperature: flo
     return scores.argmax(1)
 
 
-def accuracies(train_ND, train_labels, val_MD, val_labels, options: Knn, gpu: bool = False) -> dict[str, float]:
-    """Top-1 in percent for each k, over the rows that have labels; k above the number of training rows takes all of them."""
-    known, held = train_labels >= 0, val_labels >= 0
-    train_ND, train_labels, val_MD, val_labels = train_ND[known], train_labels[known], val_MD[held], val_labels[held]
+def accuracies(train_ND, train_labels, val_MD, val_labels, options: Knn) -> dict[str, float]:
+    """Top-1 in percent for each k; rows without a label neither vote nor count."""
+    if (train_labels < 0).any():
+        train_ND, train_labels = train_ND[train_labels >= 0], train_labels[train_labels >= 0]
+    val_MD, val_labels = val_MD[val_labels >= 0], val_labels[val_labels >= 0]
     most = min(max(options.neighbours), len(train_ND))
-    similar, rows = nearest(train_ND, val_MD, most, gpu=gpu)
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
-    predicted = {k: vote(similar, train_labels[rows], k, options.temperature, num_classes) for k in options.neighbours}
-    return {f"k={k}": 100 * float((classes == val_labels).mean()) for k, classes in predicted.items()}
+    correct = dict.fromkeys(options.neighbours, 0)
+    for block, similar, rows in nearest(train_ND, val_MD, most):
+        for k in options.neighbours:
+            predicted = vote(similar, train_labels[rows], k, options.temperature, num_classes)
+            correct[k] += int((predicted == val_labels[block]).sum())
+    return {f"k={k}": 100 * hits / len(val_labels) for k, hits in correct.items()}
 
 
 def run(options: Knn, candidate: Candidate) -> list[Row]:
@@ -42,14 +48,14 @@ def run(options: Knn, candidate: Candidate) -> list[Row]:
     if max(options.neighbours) > num_train:
         raise UsageError(f"neighbours {max(options.neighbours)} is above the {num_train} labelled training images; lower it")
     claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    if done := scorecard.read(options.folder):
+        return done
     attach(options)
-    found = {v.statistics: _measure(options, v, data) for v in variants(candidate, _split(data, "train"))}
+    found = {v.statistics: _measure(options, v, data) for v in variants(options, candidate, _split(data, "train"))}
+    full = data.has(OFFICIAL["imagenet"]) and candidate.size == OFFICIAL_SIZE and options.temperature == TEMPERATURE
     rows = []
     for column in (f"k={k}" for k in options.neighbours):
         statistics, best = max(found.items(), key=lambda item: item[1][column])
-        notes = [*candidate.notes, f"temperature {options.temperature:g}"]
-        notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
-        notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
         rows.append(
             Row(
                 benchmark="knn",
@@ -57,8 +63,8 @@ def run(options: Knn, candidate: Candidate) -> list[Row]:
                 value=round(best[column], 2),
                 data=data.describe(),
                 backbone=candidate.label,
-                full=data.has(OFFICIAL["imagenet"]) and candidate.size == 224,
-                notes=tuple(notes),
+                full=full,
+                notes=notes(candidate, statistics, f"temperature {options.temperature:g}"),
             )
         )
     scorecard.write(options.folder, rows)

@@ -117,6 +117,8 @@ def open_job(
     )
     if streams is None:
         cached = stream.choose_cache(config, data.folder, data.manifest, share)
+        if not cached and setting.deterministic:
+            raise UsageError("--deterministic needs the images in memory, and these are streamed; give a node more memory")
         if not cached and local:
             raise UsageError(
                 "these images are streamed through Ray, and num_workers 0 runs without it; give --num-workers 1"
@@ -128,7 +130,7 @@ def open_job(
     return Job(config, run_dir, board, streams, None, extras, time.time())
 
 
-def fit(loop: Callable[[Job], dict | None], job: Job, setting: Setting) -> dict:
+def fit(loop: Callable[[Job], dict | None], job: Job, setting: Setting, callbacks=()) -> dict:
     """Run ``loop`` on the workers; what rank 0 returns."""
     return launch.fit(
         loop,
@@ -136,6 +138,7 @@ def fit(loop: Callable[[Job], dict | None], job: Job, setting: Setting) -> dict:
         num_workers=setting.num_workers,
         use_gpu=job.config.use_gpu == "yes",
         max_failures=setting.max_failures,
+        callbacks=callbacks,
     )
 
 
@@ -224,8 +227,8 @@ class Learner:
         return training.prefetch(batches) if self.streamed or self.worker.device.type == "cuda" else batches
 
     @torch.inference_mode()
-    def evaluate(self, epoch: int) -> dict[str, dict[str, float]]:
-        """Top-1 and top-5 of the val split in percent, for each output of the model ("" where it has one)."""
+    def evaluate(self, epoch: int, names: tuple[str, ...] = ("",)) -> dict[str, dict[str, float]]:
+        """Top-1 and top-5 of the val split in percent, for each named output of the model ("" where it has one)."""
         self.model.eval()
         clock, correct, seen = Clock(time.perf_counter()), {}, 0
         for ids, pixels in self._prefetched(self.images.extract("val")):
@@ -240,7 +243,7 @@ class Learner:
         seen = self.worker.sum(seen)
         if not seen:
             raise RunError("not one labelled image of val could be read; make the shards again")
-        names = self.worker.broadcast(sorted(correct))  # a rank of a stream may have been given no image
+        # Every rank adds the same names: a rank of a stream may have been given no image.
         sums = {name: [self.worker.sum(float(n)) for n in correct.get(name, (0, 0))] for name in names}
         found = {name: {"top1": 100 * one / seen, "top5": 100 * five / seen} for name, (one, five) in sums.items()}
         flat = {
@@ -265,7 +268,7 @@ class Learner:
         if self.worker.is_first:
             checkpoint.check_finite(self.kept, epoch)
             checkpoint.save_state(self.folder, self.state, epoch)
-        self.worker.report({"epoch": epoch} | metrics)
+        self.worker.report({"epoch": epoch + 1} | metrics)
 
     def synchronised(self, model: nn.Module) -> tuple[nn.Module, str]:
         """SyncBN where it exists (CUDA, several workers), and a sentence that says which it is."""

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from raydc.benchmarks import scorecard
-from raydc.benchmarks.features import GRIDS, pool, shard_split, variants
+from raydc.benchmarks.features import GRIDS, extract, pool, shard_split, variants
 from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
 from raydc.benchmarks.options import AVGPOOL, Linear
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
 from raydc.config import ImagesConfig, TrainConfig
 from raydc.data import transforms
 from raydc.launch import Job, Shared
 from raydc.models.backbone import Backbone
 from raydc.models.norm import folded
 from raydc.optim import learning_rate
+from raydc.probe import linear_top1
 from raydc.seeding import derive
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "lighting": 0.1}
@@ -98,7 +99,7 @@ class Heads(nn.Module):
             nn.init.zeros_(classifier.bias)
 
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        flat = {name: norm(features[name].float()).flatten(1) for name, norm in self.norms.items()}
+        flat = {name: norm(features[name]).flatten(1) for name, norm in self.norms.items()}
         flat |= {AVGPOOL: features[AVGPOOL]} if AVGPOOL in features else {}
         return {name: classifier(flat[name]) for name, classifier in self.classifiers.items()}
 
@@ -121,14 +122,16 @@ class Probe(nn.Module):
         features = {}
         if self.heads.norms:
             maps = self.backbone.taps(jittered)
-            features = pool(maps)
+            features = pool({name: value.float() for name, value in maps.items()})
         if AVGPOOL in self.heads.classifiers:
             shared = self.heads.norms and pixels.shape[1] == 3
             features[AVGPOOL] = maps["feature5"].mean((2, 3)) if shared else self.backbone(plain)
         return features
 
     def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.heads(self.features(pixels))
+        features = self.features(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):  # heads in fp32, as in the references
+            return self.heads({name: value.float() for name, value in features.items()})
 
 
 def channels(backbone: Backbone) -> dict[str, int]:
@@ -165,7 +168,7 @@ def loop(job: Job) -> dict | None:
             set_rate=lambda optimizer, now: set_rates(optimizer, preset, now),
         )
         if is_due(epoch + 1, options.eval_every, preset):
-            learner.evaluate(epoch)
+            learner.evaluate(epoch, options.heads)
         learner.commit(epoch, {})
     return {"figures": figures(learner.journal, options.heads, preset), "note": note} if learner.worker.is_first else None
 
@@ -224,12 +227,15 @@ def run(options: Linear, candidate: Candidate) -> list[Row]:
         avgpool=replace(scaled(published.avgpool, options.epochs), **size),
     )
     claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    if done := scorecard.read(options.folder):
+        return done
     attach(options)
-    results = {
-        variant.statistics: _measure(options, preset, variant, data)
-        for variant in variants(candidate, shard_split(data.folder, data.manifest, "train"))
-    }
-    rows = _rows(options, published, candidate, data, results)
+    found = variants(options, candidate, shard_split(data.folder, data.manifest, "train"))
+    if options.augment:
+        results = {variant.statistics: _measure(options, preset, variant, data) for variant in found}
+        rows = _rows(options, published, candidate, data, results)
+    else:
+        rows = [_without_augmentation(options, candidate, data, found)]
     scorecard.write(options.folder, rows)
     return rows
 
@@ -238,7 +244,7 @@ def _measure(options: Linear, preset: Preset, candidate: Candidate, data: Labell
     run_dir = options.folder.child(candidate.statistics) if candidate.is_random else options.folder
     print(f"linear ({options.preset}) of {candidate.name} on {data.describe()}", flush=True)
     longest = max((preset.layers, preset.avgpool), key=lambda train: train.epochs)
-    if options.heads != (AVGPOOL,) and AVGPOOL not in options.heads:
+    if AVGPOOL not in options.heads:
         longest = preset.layers
     job = open_job(
         options,
@@ -258,14 +264,13 @@ def _measure(options: Linear, preset: Preset, candidate: Candidate, data: Labell
 
 
 def _rows(options: Linear, published: Preset, candidate: Candidate, data: LabelledShards, results: dict) -> list[Row]:
+    changed = [f"{options.epochs} epochs instead of {published.layers.epochs}"] if options.epochs else []
+    changed += [f"batches of {options.batch_size}"] if options.batch_size != published.layers.batch_size else []
+    full = data.has(OFFICIAL[options.preset]) and candidate.size == OFFICIAL_SIZE and not changed
     rows = []
     for head in options.heads:
         statistics, best = max(results.items(), key=lambda item: item[1]["figures"][head])
-        notes = [*candidate.notes, best["note"], published.note if head == AVGPOOL else ""]
-        notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
-        notes += [f"{options.epochs} epochs instead of {published.layers.epochs}"] if options.epochs else []
-        notes += ["best epoch on val, as published"] if head == AVGPOOL else []
-        notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
+        chosen = (published.note, "best epoch on val, as published") if head == AVGPOOL else ()
         rows.append(
             Row(
                 benchmark=f"linear_{options.preset}",
@@ -273,8 +278,31 @@ def _rows(options: Linear, published: Preset, candidate: Candidate, data: Labell
                 value=round(best["figures"][head], 2),
                 data=data.describe(),
                 backbone=candidate.label,
-                full=data.has(OFFICIAL[options.preset]) and candidate.size == 224,
-                notes=tuple(filter(None, notes)),
+                full=full,
+                notes=notes(candidate, statistics, best["note"], *changed, *chosen),
             )
         )
     return rows
+
+
+def _without_augmentation(options: Linear, candidate: Candidate, data: LabelledShards, found: list[Candidate]) -> Row:
+    """Logistic regression on the features that kNN uses too."""
+    tops = {}
+    for variant in found:
+        split = {
+            name: extract(options, variant, shard_split(data.folder, data.manifest, name), "avgpool").load("avgpool")
+            for name in ("train", "val")
+        }
+        known = {name: data.labels[name] >= 0 for name in split}
+        pairs = [part[known[name]] for name in split for part in (split[name], data.labels[name])]
+        tops[variant.statistics] = 100 * linear_top1(*pairs)
+    statistics = max(tops, key=tops.get)
+    how = "logistic regression on cached features, no augmentation: no published protocol"
+    return Row(
+        benchmark="linear_cached",
+        column=AVGPOOL,
+        value=round(tops[statistics], 2),
+        data=data.describe(),
+        backbone=candidate.label,
+        notes=notes(candidate, statistics, how),
+    )

@@ -61,8 +61,7 @@ class Setting:
     def features_folder(self) -> Folder:
         if self.features:
             return Folder(self.features)
-        parent, _, _ = self.folder.uri.rstrip("/").rpartition("/")
-        return Folder(f"{parent}/features")
+        return self.folder.sibling("features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +78,8 @@ class Linear(Setting):
     """The classifiers that are trained."""
     eval_every: int = 1
     """Epochs between two looks at val; AvgPool's figure is the best of them, as published, a layer's the last."""
+    augment: bool = True
+    """--no-augment: AvgPool alone, by logistic regression on features that are extracted once (no published protocol)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,6 +193,7 @@ class Sweep(Semisup):
         for name in ("lr", "head_factor"):
             values = getattr(self, name)
             _check(bool(values) and min(values) > 0, f"{name} is {values}; give positive numbers")
+            _check(len(set(values)) == len(values), f"{name} is {values}; give each number once")
         _check(self.cpus_per_trial > 0, f"cpus_per_trial is {self.cpus_per_trial}; give 1 or more")
         _check(self.max_concurrent >= 0, f"max_concurrent is {self.max_concurrent}; give 0 or more")
         self.trial(self.lr[0], self.head_factor[0], self.run_dir)  # what every trial checks
@@ -200,7 +202,8 @@ class Sweep(Semisup):
         """The options of one point of the grid."""
         given = {field.name: getattr(self, field.name) for field in fields(Semisup)}
         threads = self.threads or (self.cpus_per_trial if self.num_workers == 0 else 0)
-        return Semisup(**given | {"lr": lr, "head_factor": head_factor, "run_dir": run_dir, "threads": threads})
+        more = {"eval_every": 1} if self.num_workers or self.asha else {}  # Tune hears of every epoch
+        return Semisup(**given | more | {"lr": lr, "head_factor": head_factor, "run_dir": run_dir, "threads": threads})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +223,9 @@ class All:
     epochs: int = 0
     """Epochs of linear; 0: the preset's."""
     fractions: tuple[float, ...] = (0.01, 0.1)
-    """Shares of the labels that semisup learns from, at the page's middle setting (lr .01, head x 1)."""
+    """Shares of the labels that semisup learns from, at the setting of the published DeepCluster row (lr .01, head x 1)."""
+    lists: tuple[str, ...] = ()
+    """Files with names of labelled images for semisup (the official 1 % and 10 % lists), instead of the fractions."""
     size: int = 0
     """Side of the images the backbone is given, in pixels; 0: what it was trained with."""
     seed: int = 0
@@ -231,3 +236,7 @@ class All:
     """Whether each worker takes a GPU; auto: if there are enough."""
     verbose: bool = False
     """Let Ray talk."""
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(self.run_dir)

@@ -7,6 +7,8 @@ all labels and fresh weights that is a supervised backbone.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, ope
 from raydc.benchmarks.options import Semisup
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
 from raydc.config import ImagesConfig, TrainConfig, UsageError
 from raydc.data import shards
 from raydc.launch import Job, Shared, Worker
@@ -30,8 +32,7 @@ from raydc.seeding import derive, uniforms
 
 SCHEDULE = TrainConfig(epochs=20, batch_size=256, schedule="step", milestones=(12, 16), gamma=0.2)
 FEW = 0.02  # share of the labels up to which the protocol of 1 % holds
-BASE_RATES = (1e-1, 1e-2, 1e-3)
-HEAD_FACTORS = (1, 10, 100)
+LISTS = (12_811, 128_116)  # names in the official lists
 NAMES_LISTED = 3
 
 
@@ -61,28 +62,36 @@ def listed_ids(path: str, names: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """image_ids of a list's names, matched by file name. UsageError for a name that is missing, double or unlabelled."""
     if not Path(path).is_file():
         raise UsageError(f"--list {path} is no file; give a text file with one image name a line")
-    wanted = [line.split()[0].rpartition("/")[2] for line in Path(path).read_text().splitlines() if line.strip()]
+    wanted = [_name(line) for line in Path(path).read_text().splitlines() if line.strip()]
     if not wanted:
         raise UsageError(f"--list {path} is empty; give one image name a line")
     short = [name.rpartition("/")[2] for name in names.tolist()]
-    where = {name: i for i, name in enumerate(short)}
-    missing = [name for name in wanted if name not in where]
+    whole, where = {name: i for i, name in enumerate(names.tolist())}, {name: i for i, name in enumerate(short)}
+    found = [whole.get(name, where.get(name.rpartition("/")[2])) for name in wanted]
+    missing = [name for name, i in zip(wanted, found, strict=True) if i is None]
     if missing:
         raise UsageError(
             f"{len(missing):,} of {len(wanted):,} names of {path} are not in the train split "
             f"({', '.join(missing[:NAMES_LISTED])}{' ...' * (len(missing) > NAMES_LISTED)}); give the list of these shards"
         )
-    if len(where) < len(short):
-        double = next(name for i, name in enumerate(short) if where[name] != i)
+    twice = {name for i, name in enumerate(short) if where[name] != i}
+    unclear = [name for name in wanted if name not in whole and name.rpartition("/")[2] in twice]
+    if unclear:
         raise UsageError(
-            f"several images of the train split are named {double}, so a list cannot tell them apart; use --fraction"
+            f"several images of the train split are named {unclear[0]}; give names with their folders, or --fraction"
         )
-    ids = np.unique([where[name] for name in wanted])
+    ids = np.unique(found)
     if (labels[ids] < 0).any():
         raise UsageError(
             f"{int((labels[ids] < 0).sum())} images of {path} have no label in the shards; make shards with labels"
         )
     return ids
+
+
+def _name(line: str) -> str:
+    """Of ``name`` or ``name label``; a name may hold spaces, so only a number after the last one is a label."""
+    name, _, last = line.strip().rpartition(" ")
+    return name.strip() if name and last.isdigit() else line.strip()
 
 
 # --- on a worker --------------------------------------------------------------------------------------------------------
@@ -140,24 +149,30 @@ def run(options: Semisup, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard. Fresh weights start with untouched BatchNorm statistics: they are learnt anyway."""
     data = open_shards(options.data)
     ids = choose_ids(options, data)
-    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
+    claim(options, facts(candidate, data, ids))
     attach(options)
     rows = measure(options, candidate, data, ids)
     scorecard.write(options.folder, rows)
     return rows
 
 
+def facts(candidate: Candidate, data: LabelledShards, ids: np.ndarray) -> dict[str, str]:
+    """What tells one run of this benchmark from another, wherever its inputs lie."""
+    labelled = hashlib.blake2b(np.ascontiguousarray(ids, np.int64).tobytes(), digest_size=16).hexdigest()
+    return {"backbone": candidate.fingerprint, "data": data.fingerprint, "labelled": labelled}
+
+
 def measure(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray) -> list[Row]:
     """Train, or read what a finished run left; result.json is written last."""
     if not options.folder.exists("result.json"):
-        print(f"{benchmark_name(data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
+        print(f"{benchmark_name(options, data, ids)} of {candidate.name} on {data.describe(len(ids))}", flush=True)
         finish(options, train(options, prepare(options, candidate, data, ids)))
     return to_rows(options, candidate, data, ids, options.folder.read_json("result.json"))
 
 
-def train(options: Semisup, job: Job) -> dict:
+def train(options: Semisup, job: Job, callbacks=()) -> dict:
     """On Ray Train's workers: {"top1", "top5", "note"}."""
-    return fit(loop, job, options)
+    return fit(loop, job, options, callbacks)
 
 
 def finish(options: Semisup, figures: dict) -> dict:
@@ -192,9 +207,10 @@ def schedule(options: Semisup, share: float) -> TrainConfig:
     return replace(scaled(SCHEDULE, options.epochs), lr=options.lr, weight_decay=decay, batch_size=options.batch_size)
 
 
-def benchmark_name(data: LabelledShards, ids: np.ndarray) -> str:
-    """semisup_1percent and so on, by the share of the labels that is truly used."""
-    return f"semisup_{max(1, round(100 * _share(data, ids)))}percent"
+def benchmark_name(options: Semisup, data: LabelledShards, ids: np.ndarray) -> str:
+    """semisup_1percent and so on; for a list, by the share of the labels that it holds."""
+    share = _share(data, ids) if options.list else options.fraction
+    return f"semisup_{float(f'{100 * share:.2g}'):g}percent"
 
 
 def _share(data: LabelledShards, ids: np.ndarray) -> float:
@@ -203,25 +219,26 @@ def _share(data: LabelledShards, ids: np.ndarray) -> float:
 
 def trial_name(lr: float, head_factor: float) -> str:
     """As the page names its nine files: lr1e-2_head10."""
-    mantissa, exponent = f"{lr:.0e}".split("e")
-    return f"lr{mantissa}e{int(exponent)}_head{head_factor:g}"
+    exponent = math.floor(math.log10(lr))
+    return f"lr{lr / 10**exponent:.10g}e{exponent}_head{head_factor:.10g}"
 
 
 def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, result: dict) -> list[Row]:
     figures = result["figures"]
-    official = bool(options.list) and data.has(OFFICIAL["imagenet"]) and candidate.size == 224 and not options.epochs
-    notes = [*candidate.notes, figures["note"], trial_name(options.lr, options.head_factor)]
-    notes += [f"{options.epochs} epochs instead of {SCHEDULE.epochs}"] if options.epochs else []
-    notes += [f"{candidate.size} px images"] if candidate.size != 224 else []
+    changed = [f"{options.epochs} epochs instead of {SCHEDULE.epochs}"] if options.epochs else []
+    changed += [f"batches of {options.batch_size}"] if options.batch_size != SCHEDULE.batch_size else []
+    changed += [f"weight decay {options.weight_decay:g}"] if options.weight_decay >= 0 else []
+    official = data.has(OFFICIAL["imagenet"]) and bool(options.list) and len(ids) in LISTS
+    setting = trial_name(options.lr, options.head_factor)
     return [
         Row(
-            benchmark=benchmark_name(data, ids),
+            benchmark=benchmark_name(options, data, ids),
             column=column,
             value=round(figures[key], 2),
             data=data.describe(len(ids)),
             backbone=candidate.label,
-            full=official,
-            notes=tuple(filter(None, notes)),
+            full=official and candidate.size == OFFICIAL_SIZE and not changed,
+            notes=notes(replace(candidate, statistics=""), "", figures["note"], setting, *changed),
         )
         for column, key in (("Top-1", "top1"), ("Top-5", "top5"))
     ]

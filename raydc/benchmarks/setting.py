@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from raydc import config as configs
 from raydc import launch
-from raydc.benchmarks.options import Setting
+from raydc.benchmarks.options import All, Setting
 from raydc.checkpoint import BACKBONE, tensors_hash
 from raydc.config import Config, ModelConfig, UsageError
 from raydc.models.backbone import Backbone, build_backbone
@@ -26,20 +26,29 @@ from raydc.seeding import derive
 from raydc.storage import Folder
 
 RANDOM = "random:"
+OFFICIAL_SIZE = 224  # pixels, of every published row
 LISTED = 5  # keys that an error names before it only counts
 
 
-def attach(options: Setting) -> None:
-    """Join or start Ray, and see that it has what is asked for."""
+def attach(options: Setting, cpus: int = 0) -> None:
+    """Join Ray, or start it here with at least ``cpus`` CPUs, and see that it has what is asked for."""
     if options.num_workers:
-        launch.attach(options.num_workers + launch.SPARE_CPUS, options.verbose)
+        launch.attach(max(cpus, options.num_workers + launch.SPARE_CPUS), options.verbose)
         launch.check_resources(options.num_workers, options.folder)
+        launch.check_resources(options.num_workers, options.features_folder)
+
+
+def notes(candidate: Candidate, statistics: str, *more: str) -> tuple[str, ...]:
+    """What a row says of its backbone; ``statistics``: the variant of fresh weights that was better."""
+    fresh = f"fresh weights, {statistics} BatchNorm statistics (the better)" if candidate.is_random else ""
+    size = "" if candidate.size == OFFICIAL_SIZE else f"{candidate.size} px images"
+    return tuple(filter(None, (*candidate.notes, fresh, size, *more)))
 
 
 FREE_TO_CHANGE = ("run_dir", "data", "backbone", "features", "num_workers", "use_gpu", "max_failures", "verbose")
 
 
-def claim(setting: Setting, facts: dict[str, str], others: Sequence[str] = ()) -> None:
+def claim(setting: Setting | All, facts: dict[str, str], others: Sequence[str] = ()) -> None:
     """Write what this run directory measures, before anything else; UsageError if it measures something else already.
 
     ``facts`` tell backbone and data apart, wherever they lie; ``others``: further options that may change.

@@ -136,7 +136,7 @@ def run_svm(
     """
     classes = list(classes)
     _check_costs(costs)
-    _check_classes(labels, test_labels, classes)
+    check_classes(labels, test_labels, classes)
     parts = ((labels[:, column], test_labels[:, column]) for column in range(len(classes)))
     jobs = {
         (layer, name): (part, tuple(costs), _state(seed, "svm", name))
@@ -239,7 +239,7 @@ def run_low_shot(
     """
     classes = list(classes)
     _check_costs(costs)
-    _check_shots(labels, test_labels, classes, shots, num_samples)
+    check_shots(labels, test_labels, classes, shots, num_samples)
     jobs = {
         (layer, f"k={k}", f"sample {sample + 1}"): (labels, test_labels, classes, k, sample, tuple(costs), seed)
         for k in sorted(shots, reverse=True)  # the long ones first
@@ -299,24 +299,22 @@ def _check_costs(costs: tuple[float, ...]) -> None:
 def _check_tested(test_labels: np.ndarray, classes: list[str]) -> None:
     for column, name in enumerate(classes):
         if not (test_labels[:, column] == 1).any():
-            raise UsageError(
-                f"class {name} has no positive image in test, so it has no AP; leave it out or give more images"
-            )
+            raise UsageError(f"class {name} has no positive image in test, so it has no AP; give images of it")
 
 
-def _check_classes(labels: np.ndarray, test_labels: np.ndarray, classes: list[str]) -> None:
+def check_classes(labels: np.ndarray, test_labels: np.ndarray, classes: list[str]) -> None:
     for column, name in enumerate(classes):
         positives = int((labels[:, column] == 1).sum())
         for kind, number in (("positive", positives), ("negative", len(labels) - positives)):
             if number < NUM_FOLDS:
                 raise UsageError(
                     f"class {name} has {number} {kind} images in trainval, too few for {NUM_FOLDS}-fold cross-validation; "
-                    f"leave it out or give at least {NUM_FOLDS}"
+                    f"give at least {NUM_FOLDS}"
                 )
     _check_tested(test_labels, classes)
 
 
-def _check_shots(labels: np.ndarray, test_labels: np.ndarray, classes: list[str], shots, num_samples: int) -> None:
+def check_shots(labels: np.ndarray, test_labels: np.ndarray, classes: list[str], shots, num_samples: int) -> None:
     if not shots or min(shots) < 1 or num_samples < 1:
         raise UsageError(f"shots are {tuple(shots)}, samples {num_samples}; give positive whole numbers")
     positives = (labels == 1).sum(0)
@@ -325,7 +323,7 @@ def _check_shots(labels: np.ndarray, test_labels: np.ndarray, classes: list[str]
         raise UsageError(_too_many_shots(max(shots), classes[rarest], int(positives[rarest])))
     for name, negatives in zip(classes, (labels == 0).sum(0), strict=True):
         if negatives < min(NUM_FOLDS, max(shots)):  # one for each fold
-            raise UsageError(f"class {name} has {negatives} negative images in trainval, too few to fit; leave it out")
+            raise UsageError(f"class {name} has {negatives} negative images in trainval, too few to fit; give more")
     _check_tested(test_labels, classes)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 from tqdm import tqdm
 
 from raydc.benchmarks import published, scorecard, svm
@@ -9,7 +12,7 @@ from raydc.benchmarks.datasets import IMAGES, Voc07, read_voc07
 from raydc.benchmarks.features import ImageSet, extract, image_files, variants
 from raydc.benchmarks.options import Lowshot, Setting, Svm
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, attach, claim
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
 
 OFFICIAL = published.OFFICIAL["voc07"]
 
@@ -30,25 +33,26 @@ def describe(data: Voc07) -> str:
 
 
 def is_full(data: Voc07, candidate: Candidate) -> bool:
-    return all(len(data.names[split]) == whole for split, whole in OFFICIAL.items()) and candidate.size == 224
+    return all(len(data.names[split]) == whole for split, whole in OFFICIAL.items()) and candidate.size == OFFICIAL_SIZE
 
 
-def _measure(options: Setting, candidate: Candidate, layers: tuple[str, ...], arithmetic) -> dict[str, dict]:
-    """{BatchNorm statistics: result of ``arithmetic(features, data)``} for each variant of the candidate."""
-    data = read_voc07(options.data)
+def _measure(options: Setting, candidate: Candidate, data: Voc07, layers: tuple[str, ...], arithmetic) -> dict[str, dict]:
+    """{BatchNorm statistics: result of ``arithmetic(features, progress)``} for each variant of the candidate."""
     images = image_sets(data)
-    claim(options, {"backbone": candidate.fingerprint, "data": "/".join(one.fingerprint for one in images.values())})
-    attach(options)
+    attach(options, cpus=os.cpu_count() or 1)
     found = {}
-    for variant in variants(candidate, images["trainval"], squash=True):
+    for variant in variants(options, candidate, images["trainval"], squash=True):
         extracted = {split: extract(options, variant, images[split], "layers", squash=True) for split in images}
         features = {layer: (extracted["trainval"].load(layer), extracted["test"].load(layer)) for layer in layers}
         with tqdm(desc=variant.name, unit="task", leave=False, disable=None) as bar:
-            found[variant.statistics] = arithmetic(
-                features, data, lambda done, total, what, bar=bar: _move(bar, done, total)
-            )
+            found[variant.statistics] = arithmetic(features, partial(_move, bar))
     options.folder.write_json("result.json", {"data": describe(data), "backbone": candidate.label, "variants": found})
     return found
+
+
+def _facts(candidate: Candidate, data: Voc07) -> dict[str, str]:
+    images = image_sets(data)
+    return {"backbone": candidate.fingerprint, "data": "/".join(one.fingerprint for one in images.values())}
 
 
 def _move(bar: tqdm, done: int, total: int, what: str) -> None:
@@ -57,22 +61,27 @@ def _move(bar: tqdm, done: int, total: int, what: str) -> None:
     bar.update(done - bar.n)
 
 
-def _notes(candidate: Candidate, statistics: str) -> list[str]:
-    notes = list(candidate.notes)
-    notes += [f"fresh weights, {statistics} BatchNorm statistics (the better)"] if candidate.is_random else []
-    return notes + ([f"{candidate.size} px images"] if candidate.size != 224 else [])
+def _ignored(data: Voc07) -> str:
+    """A note on images whose every object is difficult: negatives in training, in no class of the test."""
+    counts = ", ".join(f"{num} of {split}" for split, num in data.num_only_ignored.items() if num)
+    return f"images with difficult objects alone: {counts}" if counts else ""
 
 
 def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard: each layer, and the best; for fresh weights the better of both variants, layer by layer."""
 
-    def arithmetic(features, data: Voc07, progress) -> dict:
-        labels = data.labels["trainval"], data.labels["test"]
+    data = read_voc07(options.data)
+    labels = data.labels["trainval"], data.labels["test"]
+    svm.check_classes(*labels, list(data.classes))
+    claim(options, _facts(candidate, data))
+    if done := scorecard.read(options.folder):
+        return done
+
+    def arithmetic(features, progress) -> dict:
         parallel = options.num_workers > 0
         return svm.run_svm(features, *labels, data.classes, seed=options.seed, parallel=parallel, progress=progress)
 
-    found = _measure(options, candidate, options.layers, arithmetic)
-    data = read_voc07(options.data)
+    found = _measure(options, candidate, data, options.layers, arithmetic)
     maps = {
         layer: max((result["layers"][layer]["map"], statistics) for statistics, result in found.items())
         for layer in options.layers
@@ -86,7 +95,7 @@ def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
             data=describe(data),
             backbone=candidate.label,
             full=is_full(data, candidate),
-            notes=(*_notes(candidate, maps[layer][1]), *([f"best layer {layer}"] if column == "best" else [])),
+            notes=notes(candidate, maps[layer][1], f"best layer {layer}" if column == "best" else "", _ignored(data)),
         )
         for column, layer in [*((layer, layer) for layer in options.layers), ("best", best)]
     ]
@@ -97,8 +106,14 @@ def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
 def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard: k shots as published (cost chosen on test), and beside them the clean choice."""
 
-    def arithmetic(features, data: Voc07, progress) -> dict:
-        labels = data.labels["trainval"], data.labels["test"]
+    data = read_voc07(options.data)
+    labels = data.labels["trainval"], data.labels["test"]
+    svm.check_shots(*labels, list(data.classes), options.shots, options.num_samples)
+    claim(options, _facts(candidate, data))
+    if done := scorecard.read(options.folder):
+        return done
+
+    def arithmetic(features, progress) -> dict:
         return svm.run_low_shot(
             features,
             *labels,
@@ -110,8 +125,8 @@ def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
             progress=progress,
         )
 
-    found = _measure(options, candidate, (options.layer,), arithmetic)
-    data = read_voc07(options.data)
+    found = _measure(options, candidate, data, (options.layer,), arithmetic)
+    draws = "" if options.num_samples == svm.NUM_SAMPLES else f"{options.num_samples} draws instead of {svm.NUM_SAMPLES}"
     rows = []
     for place, k in enumerate(options.shots):
         for kind, benchmark in (("as_published", "lowshot"), ("clean", "lowshot_clean")):
@@ -129,8 +144,8 @@ def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
                     seeds=options.num_samples,
                     data=describe(data),
                     backbone=candidate.label,
-                    full=is_full(data, candidate) and kind == "as_published",
-                    notes=(*_notes(candidate, statistics), options.layer, f"cost chosen {how}"),
+                    full=is_full(data, candidate) and kind == "as_published" and not draws,
+                    notes=notes(candidate, statistics, options.layer, how, draws, _ignored(data)),
                 )
             )
     scorecard.write(options.folder, rows)

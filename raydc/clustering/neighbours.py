@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from raydc.clustering.whitening import l2
@@ -9,14 +11,20 @@ from raydc.clustering.whitening import l2
 ROWS = 4096  # queries at once: their similarities are found block by block
 
 
-def nearest(train_ND: np.ndarray, query_MD: np.ndarray, k: int, *, gpu: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine similarities and positions of each query's ``k`` nearest rows of train, both (M, k), best first."""
+def nearest(train_ND: np.ndarray, query_MD: np.ndarray, k: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """For each block of queries: where they are, cosine similarities and positions of the ``k`` nearest rows of train.
+
+    Both are (rows, k), best first. faiss holds the one copy of train that is made.
+    """
     import faiss  # lazily: only the process that searches loads it
 
     index = faiss.IndexFlatIP(train_ND.shape[1])
-    if gpu and faiss.get_num_gpus():
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    index.add(np.ascontiguousarray(l2(train_ND), np.float32))
-    queries = np.ascontiguousarray(l2(query_MD), np.float32)
-    found = [index.search(queries[start : start + ROWS], k) for start in range(0, len(queries), ROWS)]
-    return np.concatenate([similar for similar, _ in found]), np.concatenate([rows for _, rows in found])
+    for block in _blocks(len(train_ND)):
+        index.add(np.ascontiguousarray(l2(train_ND[block]), np.float32))
+    for block in _blocks(len(query_MD)):
+        similar, rows = index.search(np.ascontiguousarray(l2(query_MD[block]), np.float32), k)
+        yield block, similar, rows
+
+
+def _blocks(num: int) -> Iterator[slice]:
+    return (slice(start, min(num, start + ROWS)) for start in range(0, num, ROWS))

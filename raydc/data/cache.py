@@ -41,8 +41,11 @@ class ImageArray:
         return len(self.offsets)
 
     @cached_property
-    def is_uniform(self) -> bool:
-        return bool((self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all())
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width, where all images have the same; images that were not decoded have none."""
+        kept = self.heights > 0
+        shapes = {*zip(self.heights[kept].tolist(), self.widths[kept].tolist(), strict=True)}
+        return shapes.pop() if len(shapes) == 1 else None
 
     def one(self, image_id: int) -> np.ndarray:
         """(H, W, 3), a view."""
@@ -51,7 +54,8 @@ class ImageArray:
 
     def stack(self, image_ids: np.ndarray) -> np.ndarray:
         """(B, H, W, 3), a copy; only where all images have one size."""
-        return self.pixels.reshape(len(self), self.heights[0], self.widths[0], 3)[image_ids]
+        height, width = self.shape
+        return self.pixels.reshape(-1, height, width, 3)[self.offsets[image_ids] // (height * width * 3)]
 
 
 def estimate_bytes(folder: Folder, manifest: Manifest, split: str, cache_size: int) -> int:
@@ -146,7 +150,7 @@ class CachedImages:
             yield ids, transforms.augment(crops, augmentation, self.config)
 
     def _crops(self, array: ImageArray, ids: np.ndarray, boxes: np.ndarray, flips) -> torch.Tensor:
-        if array.is_uniform and array.heights[0] * array.widths[0] <= 96 * 96:
+        if array.shape and array.shape[0] * array.shape[1] <= 96 * 96:
             pixels = torch.from_numpy(array.stack(ids)).to(self.device)
             return transforms.crop_batch(pixels, boxes, flips, self.config.size)
         return cut([array.one(i) for i in ids], boxes, flips, self.config.size, self.pool).to(self.device)

@@ -134,12 +134,10 @@ def _warp_matrices(config: ImagesConfig, u: np.ndarray) -> np.ndarray:
 
 
 def centre_boxes(config: ImagesConfig, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Resize to ``resize``, then crop the centre to ``size``: one box (B, 4) in the source's pixels. Or the whole image.
+    """Resize to ``resize``, then crop the centre to ``size``: one box (B, 4) in the source's pixels.
 
     Integer like torchvision's CenterCrop, so that a source of exactly ``size`` pixels comes through untouched.
     """
-    if config.view == "squash":
-        return np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], 1)
     side = np.rint(np.minimum(heights, widths) * config.size / config.resize).astype(np.int64)
     side = np.maximum(side, 1)
     return np.stack([(heights - side) // 2, (widths - side) // 2, side, side], 1)

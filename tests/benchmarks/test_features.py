@@ -1,11 +1,13 @@
 """Pools and grids of the protocol; an extraction that covers every image once and is done once."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torchvision.transforms.v2 as TV
 from PIL import Image
 
 from raydc.benchmarks import features
@@ -74,6 +76,21 @@ def test_features_are_those_of_the_network_on_each_image(setting, val, run_dir):
         assert np.linalg.norm(found[image_id] - alone) < 0.05 * np.linalg.norm(alone)  # bf16, and PIL's rounding
 
 
+@pytest.mark.parametrize("squash", [False, True])
+def test_an_image_is_shown_as_torchvision_would(tmp_path, squash):
+    """Resize(256) and CenterCrop(224), or Resize(256) and Resize((224, 224)), of a photo-like image that is no square."""
+    random = np.random.default_rng(0)
+    small = Image.fromarray(random.integers(0, 256, (30, 45, 3), np.uint8))
+    small.resize((450, 300), Image.Resampling.BICUBIC).save(tmp_path / "wide.png")
+    last = TV.Resize((224, 224)) if squash else TV.CenterCrop(224)
+    expected = TV.Compose([TV.PILToTensor(), TV.Resize(256), last])(Image.open(tmp_path / "wide.png"))
+    reader = features.Reader(Folder(tmp_path), features.View(size=224, resize=256, squash=squash), 1)
+    found = reader(pa.table({"image_id": [0], "path": ["wide.png"]}))[0]
+    error = (found.float() - expected.float()).abs()
+    assert error.mean() < (0.01 if squash else 2)  # one resize of the crop's box instead of a resize and a crop
+    assert error.max() < (1.5 if squash else 12)
+
+
 def test_a_second_extraction_does_not_touch_the_backbone(setting, val, run_dir, monkeypatch, capsys):
     candidate = open_backbone(run_dir)
     once = extract(setting, candidate, val, "layers")
@@ -128,26 +145,28 @@ def test_a_repeated_block_counts_once(val):
     assert features._coverage(iter([half, rest, again]), val) == ["b", "c"]
 
 
-def test_an_unreadable_file_is_named(setting, tmp_path, run_dir):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_file_is_named(setting, tmp_path, run_dir, num_workers, local_ray):
+    setting = replace(setting, num_workers=num_workers)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 30), (9, 9, 9)).save(tmp_path / "images" / "good.png")
     (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
     images = image_files(Folder(tmp_path / "images"), "few", ["good.png", "bad.jpg"])
     with pytest.raises(RunError, match="bad.jpg cannot be read"):
         extract(setting, open_backbone(run_dir), images, "avgpool")
+    with pytest.raises(RunError, match="bad.jpg cannot be read"):
+        variants(setting, open_backbone(f"random:{run_dir}"), images)
 
 
-def test_fresh_weights_come_in_two_variants_that_differ_in_statistics_alone(val, run_dir):
-    untouched, adapted = variants(open_backbone(f"random:{run_dir}"), val)
+def test_fresh_weights_come_in_two_variants_that_differ_in_statistics_alone(setting, val, run_dir):
+    untouched, adapted = variants(setting, open_backbone(f"random:{run_dir}"), val)
     assert (untouched.statistics, adapted.statistics) == ("untouched", "adapted")
     differing = {key for key, value in untouched.tensors.items() if not torch.equal(value, adapted.tensors[key])}
     assert differing and all("running_" in key or "num_batches" in key for key in differing)
-    assert variants(open_backbone(run_dir), val)[0].statistics == ""
+    assert variants(setting, open_backbone(run_dir), val)[0].statistics == ""
 
 
 def test_ray_extracts_what_one_process_does(setting, val, run_dir, local_ray):
-    from dataclasses import replace
-
     candidate = open_backbone(run_dir)
     here = extract(setting, candidate, val, "avgpool").load("avgpool")
     elsewhere = replace(setting, num_workers=2, run_dir=setting.run_dir.replace("knn", "ray/knn"))

@@ -7,6 +7,7 @@ from raydc.benchmarks import knn
 from raydc.benchmarks.knn import accuracies, vote
 from raydc.benchmarks.options import Knn
 from raydc.benchmarks.setting import open_backbone
+from raydc.clustering import neighbours
 from raydc.clustering.neighbours import nearest
 from raydc.config import UsageError
 
@@ -33,7 +34,7 @@ def test_votes_as_brute_force_does(k):
     random = np.random.default_rng(0)
     train, val = random.standard_normal((60, 8)), random.standard_normal((40, 8))
     labels, wanted = random.integers(0, 4, 60), random.integers(0, 4, 40)
-    similar, rows = nearest(train, val, 60)
+    ((_, similar, rows),) = nearest(train, val, 60)
     expected = brute_force(train, labels, val, k, 0.07, 4)
     np.testing.assert_array_equal(vote(similar, labels[rows], k, 0.07, 4), expected)
     found = accuracies(train, labels, val, wanted, options(neighbours=(k,)))
@@ -42,7 +43,8 @@ def test_votes_as_brute_force_does(k):
 
 def test_nearest_is_by_cosine_best_first():
     train = np.array([[10.0, 0], [0, 0.1], [1, 1]], np.float32)
-    similar, rows = nearest(train, np.array([[5.0, 0.1]], np.float32), 3)
+    ((block, similar, rows),) = nearest(train, np.array([[5.0, 0.1]], np.float32), 3)
+    assert block == slice(0, 1)
     assert rows[0].tolist() == [0, 2, 1]
     assert similar[0] == pytest.approx([5 / np.sqrt(25.01), 5.1 / np.sqrt(2 * 25.01), 0.1 / np.sqrt(25.01)], abs=1e-6)
 
@@ -66,8 +68,21 @@ def test_a_run_is_far_above_chance_and_a_rerun_reads_the_features(tmp_path, digi
     assert [row.column for row in rows] == ["k=10", "k=20"]
     assert all(row.value > 50 for row in rows)
     capsys.readouterr()
-    assert [row.value for row in knn.run(asked, open_backbone(run_dir))] == [row.value for row in rows]
+    elsewhere = options(tmp_path / "again", digits_shards, neighbours=(10, 20))
+    assert [row.value for row in knn.run(elsewhere, open_backbone(run_dir))] == [row.value for row in rows]
     assert capsys.readouterr().out.count("has them") == 2
+    assert knn.run(asked, open_backbone(run_dir)) == rows  # a finished one is only read
+    assert capsys.readouterr().out == ""
+
+
+def test_many_queries_come_in_blocks(monkeypatch):
+    monkeypatch.setattr(neighbours, "ROWS", 7)
+    random = np.random.default_rng(1)
+    train, val = random.standard_normal((50, 4)), random.standard_normal((20, 4))
+    cosine = (val / np.linalg.norm(val, axis=1, keepdims=True)) @ (train / np.linalg.norm(train, axis=1, keepdims=True)).T
+    blocks = list(nearest(train, val, 5))
+    assert [block for block, _, _ in blocks] == [slice(0, 7), slice(7, 14), slice(14, 20)]
+    np.testing.assert_array_equal(np.concatenate([rows for _, _, rows in blocks]), np.argsort(-cosine, 1)[:, :5])
 
 
 def test_more_neighbours_than_images(tmp_path, digits_shards, run_dir):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from raydc.benchmarks import linear, scorecard
+from raydc.benchmarks import knn, linear, scorecard
 from raydc.benchmarks.learner import open_shards, scaled, top_hits
 from raydc.benchmarks.linear import PRESETS, Heads, Probe, build_optimizer, figures, set_rates, with_jitter
-from raydc.benchmarks.options import AVGPOOL, LAYERS, Linear
+from raydc.benchmarks.options import AVGPOOL, LAYERS, Knn, Linear
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.setting import open_backbone
 from raydc.config import ImagesConfig, ModelConfig, UsageError
@@ -197,7 +197,7 @@ def test_fresh_weights_are_measured_twice_and_the_better_counts(tmp_path, digits
         lines = (tmp_path / "fresh" / statistics / "metrics.jsonl").read_text().splitlines()
         looks[statistics] = [json.loads(line) for line in lines][-1]["feature5 top1"]
     assert row.value == pytest.approx(max(looks.values()), abs=0.01)
-    assert max(looks, key=looks.get) in row.notes[-3]
+    assert max(looks, key=looks.get) in " ".join(row.notes)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------
@@ -228,3 +228,12 @@ def test_nothing_is_written_for_weights_that_are_not_finite(tmp_path, digits_sha
     with pytest.raises(Exception, match="not finite"):
         linear.run(options(tmp_path / "nan", digits_shards, epochs=1), candidate)
     assert scorecard.read(Folder(tmp_path / "nan")) == []
+
+
+def test_without_augmentation_it_reads_the_features_of_knn(tmp_path, digits_shards, run_dir, capsys):
+    knn.run(Knn(backbone="", data=digits_shards, run_dir=str(tmp_path / "knn"), num_workers=0), open_backbone(run_dir))
+    capsys.readouterr()
+    (row,) = linear.run(options(tmp_path / "cached", digits_shards, augment=False), open_backbone(run_dir))
+    assert capsys.readouterr().out.count("has them") == 2
+    assert (row.benchmark, row.column) == ("linear_cached", AVGPOOL)
+    assert row.value > 50

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from raydc.benchmarks import semisup
-from raydc.benchmarks.learner import open_shards
+from raydc.benchmarks.learner import LabelledShards, open_shards
 from raydc.benchmarks.options import Semisup
 from raydc.benchmarks.semisup import SCHEDULE, listed_ids, schedule, stratified_ids, trial_name
-from raydc.benchmarks.setting import open_backbone
+from raydc.benchmarks.setting import Candidate, open_backbone
 from raydc.config import ModelConfig, UsageError
 from raydc.models.backbone import Backbone
 from raydc.models.head import Classifier
@@ -53,6 +53,30 @@ def test_the_head_learns_faster_by_its_factor_all_along():
         backbone, head = (group["lr"] for group in optimizer.param_groups)
         assert head == pytest.approx(10 * backbone)
     assert all(group["weight_decay"] == 1e-4 and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_near_rates_have_names_of_their_own():
+    assert trial_name(0.012, 1.5) == "lr1.2e-2_head1.5"
+    assert trial_name(3.0, 10) == "lr3e0_head10"
+
+
+def test_only_an_official_list_under_the_protocol_is_official(digits_shards):
+    imagenet = LabelledShards(None, None, {"train": np.zeros(1_281_167, np.int8)}, 1000)
+    imagenet.__dict__["has"] = lambda expected: expected == {"train": 1_281_167, "val": 50_000}
+    imagenet.__dict__["describe"] = lambda num: f"imagenet, {num}"
+    candidate = Candidate(label="b", model=ModelConfig(), size=224, resize=256, tensors={})
+    result = {"figures": {"top1": 1.0, "top5": 2.0, "note": ""}}
+
+    def is_full(num, **more) -> bool:
+        return semisup.to_rows(options(**more), candidate, imagenet, np.arange(num), result)[0].full
+
+    assert is_full(12_811, list="1percent.txt") and is_full(128_116, list="10percent.txt")
+    assert not is_full(5_000, list="mine.txt") and not is_full(12_811, fraction=0.01)
+    assert not is_full(12_811, list="1percent.txt", epochs=1)
+    assert not is_full(12_811, list="1percent.txt", batch_size=64)
+    assert semisup.benchmark_name(options(list="x"), imagenet, np.arange(12_811)) == "semisup_1percent"
+    assert semisup.benchmark_name(options(list="x"), imagenet, np.arange(128_116)) == "semisup_10percent"
+    assert semisup.benchmark_name(options(fraction=0.001), imagenet, np.arange(1281)) == "semisup_0.1percent"
 
 
 def test_trials_are_named_as_the_page_names_them():
@@ -104,13 +128,19 @@ def test_lists_that_do_not_fit(tmp_path):
     (tmp_path / "bare.txt").write_text("2.png\n")
     (tmp_path / "same.txt").write_text("1.png\n")
     for file, message in (
-        ("two.txt", r"2 of 3 names of .*two.txt are not in the train split \(7.png, 8.png\)"),
+        ("two.txt", r"2 of 3 names of .*two.txt are not in the train split \(c/7.png, c/8.png\)"),
         ("empty.txt", "is empty"),
         ("none.txt", "is no file"),
         ("same.txt", "several images of the train split are named 1.png"),
     ):
         with pytest.raises(UsageError, match=message):
             listed_ids(str(tmp_path / file), names, labels)
+    (tmp_path / "whole.txt").write_text("b/1.png 0\n")
+    assert listed_ids(str(tmp_path / "whole.txt"), names, labels).tolist() == [2]  # its folder tells it apart
+    (tmp_path / "spaces.txt").write_text("my photo 2.png 7\nyour photo.png\n")
+    assert listed_ids(
+        str(tmp_path / "spaces.txt"), np.array(["x/your photo.png", "x/my photo 2.png"]), np.zeros(2)
+    ).tolist() == [0, 1]
     with pytest.raises(UsageError, match="1 images of .*bare.txt have no label"):
         listed_ids(str(tmp_path / "bare.txt"), names[:2], labels[:2])
 

@@ -133,7 +133,9 @@ def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
             figures = {s: result["layers"][options.layer][place][kind] for s, result in found.items()}
             statistics, one = max(figures.items(), key=lambda item: item[1]["map"])
             how = (
-                "cost chosen on the test set, as published" if kind == "as_published" else "cost chosen without the test set"
+                "cost chosen on the test set, as published"
+                if kind == "as_published"
+                else "cost chosen without looking at the test set"
             )
             rows.append(
                 Row(

@@ -94,13 +94,16 @@ def evaluate(
     return figures
 
 
-def pick_per_class(image_ids: np.ndarray, labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Positions of ``per_class`` rows of each class, chosen by image_id alone (0: all rows that have a label)."""
+def pick_per_class(image_ids: np.ndarray, labels: np.ndarray, per_class: int | np.ndarray, seed: int) -> np.ndarray:
+    """Positions of ``per_class`` rows of each class, chosen by image_id alone (0: all rows that have a label).
+
+    An array gives each label a number of its own.
+    """
     known = np.flatnonzero(labels >= 0)
-    if per_class == 0:
+    if np.isscalar(per_class) and per_class == 0:
         return known
     order = known[np.argsort(uniforms(derive(seed, "labels"), image_ids[known])[:, 0], kind="stable")]
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, start, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
     rank = np.arange(len(by_class)) - np.repeat(start, sizes)
-    return np.sort(by_class[rank < per_class])
+    return np.sort(by_class[rank < (per_class if np.isscalar(per_class) else per_class[labels[by_class]])])

@@ -95,3 +95,40 @@ def test_another_grid_in_the_same_place_is_refused(place, swept):
     other = sweep(place, "--batch-size", "128")
     assert other.returncode == 2
     assert "batch_size is 256 there and 128 here" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_in_the_same_table(place, swept, tmp_path):
+    import signal
+    import time
+
+    killed = tmp_path / "killed"
+    arguments = [*swept.args, "--run-dir", str(killed)]  # the last of two counts
+    running = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 300
+    while not list(killed.glob("trials/*/result.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("trials/*/result.json")}
+    assert before
+    again = subprocess.run(arguments, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    tables = [
+        done.stdout[done.stdout.index("trial  ") : done.stdout.index("semisup_20percent\n\n")] for done in (swept, again)
+    ]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_trials_on_ray_train_and_early_stopping(place, swept, tmp_path):
+    """Each trial on a worker of Ray Train, and ASHA, which says where it stopped."""
+    more = ["--run-dir", str(tmp_path / "nested"), "--num-workers", "1", "--asha", "--lr", "1e-1", "1e-3"]
+    done = subprocess.run([*swept.args, *more], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("lr1e-")]
+    ends = {line.split()[0]: line for line in lines}
+    assert set(ends) == {"lr1e-1_head1", "lr1e-1_head10", "lr1e-3_head1", "lr1e-3_head10"}
+    again = subprocess.run([*swept.args, *more], capture_output=True, text=True, timeout=500)
+    assert " trials, " not in again.stdout  # neither finished nor stopped ones are begun again

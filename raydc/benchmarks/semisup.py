@@ -28,7 +28,8 @@ from raydc.data import shards
 from raydc.launch import Job, Shared, Worker
 from raydc.models.head import Classifier
 from raydc.optim import LR_SCALE
-from raydc.seeding import derive, uniforms
+from raydc.probe import pick_per_class
+from raydc.seeding import derive
 
 SCHEDULE = TrainConfig(epochs=20, batch_size=256, schedule="step", milestones=(12, 16), gamma=0.2)
 FEW = 0.02  # share of the labels up to which the protocol of 1 % holds
@@ -49,13 +50,8 @@ def choose_ids(options: Semisup, data: LabelledShards) -> np.ndarray:
 
 def stratified_ids(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """The same share of each class, rounded, at least one image; chosen by image_id and seed alone."""
-    known = np.flatnonzero(labels >= 0)
-    order = known[np.argsort(uniforms(derive(seed, "fraction"), known)[:, 0], kind="stable")]
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    _, start, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
-    rank = np.arange(len(by_class)) - np.repeat(start, sizes)
-    quota = np.maximum(1, np.rint(sizes * fraction))
-    return np.sort(by_class[rank < np.repeat(quota, sizes)])
+    quotas = np.maximum(1, np.rint(np.bincount(labels[labels >= 0]) * fraction))
+    return pick_per_class(np.arange(len(labels)), labels, quotas, derive(seed, "fraction"))
 
 
 def listed_ids(path: str, names: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -237,3 +237,12 @@ def test_without_augmentation_it_reads_the_features_of_knn(tmp_path, digits_shar
     assert capsys.readouterr().out.count("has them") == 2
     assert (row.benchmark, row.column) == ("linear_cached", AVGPOOL)
     assert row.value > 50
+
+
+def test_two_workers_train_one_set_of_heads(tmp_path, digits_shards, run_dir, local_ray):
+    asked = options(tmp_path / "two", digits_shards, epochs=3, eval_every=3, num_workers=2, heads=("feature1", AVGPOOL))
+    rows = linear.run(asked, open_backbone(run_dir))
+    assert rows[0].value > 30  # chance is 10
+    assert "BatchNorm of each of 2 CPU workers, not SyncBN" in rows[0].notes
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["num_images"] for line in lines if line["phase"] == "evaluate"] == [360]  # both halves of val

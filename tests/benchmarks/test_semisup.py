@@ -206,3 +206,10 @@ def test_only_the_chosen_images_are_trained_on(digits_shards, run_dir, tmp_path)
     assert set(np.flatnonzero(counts)) == set(ids)
     assert counts.sum() == 256  # one batch, which is not full: some images twice
     assert counts.max() == 2
+
+
+def test_two_workers_leave_one_backbone(tmp_path, digits_shards, run_dir, local_ray):
+    rows = semisup.run(options(tmp_path / "two", digits_shards, epochs=12, lr=0.1, num_workers=2), open_backbone(run_dir))
+    assert rows[0].value > 20  # chance is 10
+    assert "BatchNorm of each of 2 CPU workers, not SyncBN" in rows[0].notes
+    assert all(value.isfinite().all() for value in open_backbone(str(tmp_path / "two")).tensors.values())

@@ -116,7 +116,9 @@ def open_job(
         train=train,
     )
     if streams is None:
-        cached = stream.choose_cache(config, data.folder, data.manifest, share)
+        cached = stream.choose_cache(config, data.folder, data.manifest, {"train": share, "val": 1.0})
+        if not cached and not local and stream.choose_cache(config, data.folder, data.manifest, {"train": share}):
+            cached = "train"
         if not cached and setting.deterministic:
             raise UsageError("--deterministic needs the images in memory, and these are streamed; give a node more memory")
         if not cached and local:
@@ -156,7 +158,7 @@ class Learner:
             self.config.train, self.worker.device, self.worker.local_world_size, deterministic=self.config.deterministic
         )
         self.images = job.streams.open(self.worker, threads)
-        self.streamed = job.streams.cached is None
+        self.streamed = bool(job.streams.datasets)
         self.labels: dict[str, np.ndarray] = job.extras["labels"].get()
         self.ids: np.ndarray = job.extras["ids"].get()
         self.journal = Journal(self.folder) if self.worker.is_first else None

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -55,17 +56,22 @@ class Streams:
     def open(self, worker: Worker, threads: int):
         """This worker's views; CachedImages and StreamedImages have the same methods."""
         where = {"rank": worker.rank, "world_size": worker.world_size, "device": worker.device, "threads": threads}
-        if self.cached is not None:
-            return CachedImages(self.cached.get(), self.config.images, **where)
-        return StreamedImages(self, worker, threads)
+        if self.cached is None:
+            return StreamedImages(self, worker, threads)
+        held = CachedImages(self.cached.get(), self.config.images, **where)
+        return PartlyCached(held, StreamedImages(self, worker, threads)) if self.datasets else held
 
 
-def choose_cache(config: Config, folder: Folder, manifest: Manifest, train_share: float = 1.0) -> bool:
-    """Whether the decoded images are kept in memory: where they fit half of a node's object store."""
+def choose_cache(config: Config, folder: Folder, manifest: Manifest, shares: dict[str, float] | None = None) -> bool:
+    """Whether the decoded images are kept in memory: where they fit half of a node's object store.
+
+    ``shares``: what is needed of which splits; all of all of them.
+    """
     if config.images.cache != "auto":
         return config.images.cache == "yes"
-    sizes = {s: cache.estimate_bytes(folder, manifest, s, config.images.cache_size) for s in manifest.splits}
-    need = sum(size * (train_share if split == "train" else 1) for split, size in sizes.items())
+    shares = dict.fromkeys(manifest.splits, 1.0) if shares is None else shares
+    sizes = {s: cache.estimate_bytes(folder, manifest, s, config.images.cache_size) for s in shares}
+    need = sum(size * shares[split] for split, size in sizes.items())
     return need <= _object_store_bytes() / 2
 
 
@@ -76,13 +82,27 @@ def _object_store_bytes() -> float:
 
 
 def open_streams(
-    config: Config, folder: Folder, manifest: Manifest, *, cached: bool, local: bool, only: np.ndarray | None = None
+    config: Config,
+    folder: Folder,
+    manifest: Manifest,
+    *,
+    cached: bool | Literal["train"],
+    local: bool,
+    only: np.ndarray | None = None,
 ) -> Streams:
-    """Both views of the shards; decoding into the array happens here, once. ``only``: ids of train that plans will draw."""
+    """Both views of the shards; decoding into the array happens here, once.
+
+    ``cached`` "train": that split in memory, val as a stream. ``only``: the ids of train that plans will draw.
+    """
     splits = [split for split in ("train", "val") if split in manifest.splits and manifest.splits[split].rows]
     sizes = {split: manifest.splits[split].rows for split in splits}
     if cached:
-        return Streams(config, sizes, cached=_decode_all(config, folder, manifest, splits, local, only))
+        held = splits if cached is True else ["train"]
+        streams = Streams(config, sizes, cached=_decode_all(config, folder, manifest, held, local, only))
+        if cached == "train":
+            streams.datasets["val"] = _cut(_read(folder, manifest, "val"), config)
+            streams.data_config = LosslessDataConfig()
+        return streams
     datasets = {"extract": _read(folder, manifest, "train"), "train": _read(folder, manifest, "train", shuffle=config.seed)}
     if "val" in splits:
         datasets["val"] = _read(folder, manifest, "val")
@@ -90,16 +110,17 @@ def open_streams(
     datasets["train"] = datasets["train"].map_batches(
         draw_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"plans": plans}, zero_copy_batch=True
     )
-    if decode_in_tasks(config):
-        for name in datasets:
-            datasets[name] = datasets[name].map_batches(
-                cut_rows,
-                batch_size=32,
-                batch_format="pyarrow",
-                fn_kwargs={"config": config.images, "plans": plans if name == "train" else None},
-            )
+    datasets = {name: _cut(one, config, plans if name == "train" else None) for name, one in datasets.items()}
     index = Shared(_row_index(folder, manifest), local=local)
     return Streams(config, sizes, None, datasets, LosslessDataConfig(), plans, index, folder)
+
+
+def _cut(dataset, config: Config, plans: Remote | None = None):
+    """The same rows, decoded and cut in data tasks where that is chosen."""
+    if not decode_in_tasks(config):
+        return dataset
+    arguments = {"config": config.images, "plans": plans}
+    return dataset.map_batches(cut_rows, batch_size=32, batch_format="pyarrow", fn_kwargs=arguments)
 
 
 def decode_in_tasks(config: Config) -> bool:
@@ -348,6 +369,13 @@ class StreamedImages:
     def _hot_images(self, ids: np.ndarray) -> list[bytes]:
         """Encoded images by id, from the row groups that hold them."""
         return read_rows(self.streams.folder, self.streams.row_index.get(), ids)
+
+
+class PartlyCached:
+    """Training images from memory, val as a stream: a small part of the labels of a set that does not fit."""
+
+    def __init__(self, cached: CachedImages, streamed: StreamedImages) -> None:
+        self.train, self.extract, self.unreadable = cached.train, streamed.extract, streamed.unreadable
 
 
 def mixed(rows: Iterator, batch_size: int, buffer_size: int, seed: int) -> Iterator[list]:

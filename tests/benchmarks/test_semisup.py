@@ -13,6 +13,7 @@ from raydc.benchmarks.options import Semisup
 from raydc.benchmarks.semisup import SCHEDULE, listed_ids, schedule, stratified_ids, trial_name
 from raydc.benchmarks.setting import Candidate, open_backbone
 from raydc.config import ModelConfig, UsageError
+from raydc.data import stream
 from raydc.models.backbone import Backbone
 from raydc.models.head import Classifier
 from raydc.optim import learning_rate, set_learning_rate
@@ -213,3 +214,11 @@ def test_two_workers_leave_one_backbone(tmp_path, digits_shards, run_dir, local_
     assert rows[0].value > 20  # chance is 10
     assert "BatchNorm of each of 2 CPU workers, not SyncBN" in rows[0].notes
     assert all(value.isfinite().all() for value in open_backbone(str(tmp_path / "two")).tensors.values())
+
+
+def test_labelled_images_in_memory_and_val_as_a_stream(tuned, tmp_path, digits_shards, run_dir, local_ray, monkeypatch):
+    """As for 1 % of ImageNet, whose val split alone may not fit; a stream of val counts the same hits."""
+    monkeypatch.setattr(stream, "choose_cache", lambda config, folder, manifest, shares: set(shares) == {"train"})
+    asked = options(tmp_path / "partly", digits_shards, epochs=12, lr=0.1, num_workers=1)
+    rows = semisup.run(asked, open_backbone(run_dir))
+    assert [row.value for row in rows] == [row.value for row in tuned[1]]

@@ -15,6 +15,10 @@ import torch.distributed as dist
 from tiny import assert_same_assignments, assignments, tiny
 
 from raydc import checkpoint, deepcluster, launch, prepare
+from raydc.benchmarks import semisup
+from raydc.benchmarks.learner import Learner
+from raydc.benchmarks.options import Semisup
+from raydc.benchmarks.setting import open_backbone
 from raydc.checkpoint import weights_hash
 from raydc.clustering.assignment import Assignment
 from raydc.config import UsageError
@@ -247,3 +251,30 @@ def test_a_nan_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
         deepcluster.pretrain(config)
     assert not (tmp_path / "result.json").exists()
     assert checkpoint.load_assignment(Folder(str(tmp_path)), 0) is not None
+
+
+def fine_tuning_killed_once(job: Job):
+    """The loop of semisup, but its worker is killed at the end of epoch 2."""
+    marker, commit = Path(job.run_dir.root, "killed"), Learner.commit
+
+    def killed(learner, epoch, metrics):
+        if epoch == 2 and not marker.exists():
+            marker.write_text("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(learner, epoch, metrics)
+
+    Learner.commit = killed
+    return semisup.loop(job)
+
+
+def test_a_killed_worker_changes_no_figure_of_a_benchmark(two_workers, tmp_path, monkeypatch, capsys):
+    candidate, given = open_backbone(str(two_workers)), {"fraction": 0.1, "epochs": 6, "threads": 1, "num_workers": 1}
+    given |= {"backbone": "", "data": str(two_workers / "shards")}
+    whole = semisup.run(Semisup(run_dir=str(tmp_path / "whole"), **given), candidate)
+    capsys.readouterr()
+    monkeypatch.setattr(semisup, "loop", fine_tuning_killed_once)
+    rows = semisup.run(Semisup(run_dir=str(tmp_path / "killed"), **given), candidate)
+    assert "a worker died" in capsys.readouterr().out
+    assert rows == whole
+    one, other = (open_backbone(str(tmp_path / name)).fingerprint for name in ("whole", "killed"))
+    assert one == other

@@ -267,6 +267,7 @@ def fine_tuning_killed_once(job: Job):
     return semisup.loop(job)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_figure_of_a_benchmark(two_workers, tmp_path, monkeypatch, capsys):
     candidate, given = open_backbone(str(two_workers)), {"fraction": 0.1, "epochs": 6, "threads": 1, "num_workers": 1}
     given |= {"backbone": "", "data": str(two_workers / "shards")}

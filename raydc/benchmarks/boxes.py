@@ -139,7 +139,8 @@ def _read_xml(text: bytes, file: str, path: str, counts: Counter) -> AnnotatedIm
         raise UsageError(
             f"{file} is no VOC annotation with a size and objects with boxes ({error}); unpack the devkit again"
         ) from None
-    return _annotated(path, width, height, objects, counts, file)
+    _check_size(width, height, path, file)
+    return _annotated(path, width, height, objects, counts)
 
 
 def _voc_object(one: ET.Element, what: str) -> _Object:
@@ -228,7 +229,8 @@ def _group(annotations: list[dict], images: dict, dense: dict, place: str) -> di
 def _coco_image(
     image: dict, prefix: str, annotations: Iterable[dict], dense: dict, counts: Counter, place: str
 ) -> AnnotatedImage:
-    width, height = _coco_size(image, place)
+    width, height, path = image["width"], image["height"], f"{prefix}/{image['file_name']}"
+    _check_size(width, height, path, place)
     objects = []
     for one in annotations:
         what = f"annotation {one['id']} of {place}"
@@ -238,14 +240,7 @@ def _coco_image(
             raise UsageError(f"{what} has no box x, y, w, h or no proper outline ({error}); correct it") from None
     kept = [one for one in objects if one.mask is not None]
     counts["without_mask"] += len(objects) - len(kept)
-    return _annotated(f"{prefix}/{image['file_name']}", width, height, kept, counts, place, masked=True)
-
-
-def _coco_size(image: dict, place: str) -> tuple[int, int]:
-    width, height = image["width"], image["height"]
-    if not (isinstance(width, int) and isinstance(height, int)):
-        raise UsageError(f"{place} says that {image['file_name']} is {width!r} x {height!r} pixels; give whole numbers")
-    return width, height
+    return _annotated(path, width, height, kept, counts, masked=True)
 
 
 def _coco_object(one: dict, label: int, height: int, width: int, what: str) -> _Object:
@@ -255,7 +250,7 @@ def _coco_object(one: dict, label: int, height: int, width: int, what: str) -> _
 
 
 def _encoded(segmentation: dict | list, height: int, width: int, what: str) -> Mask | None:
-    """None where no polygon has three points."""
+    """Of polygons those with three points or more; None where there is none."""
     if isinstance(segmentation, dict):
         return _checked_runs(segmentation, height, width, what)
     polygons = [np.array(one, np.float64) for one in segmentation if len(one) >= 6 and len(one) % 2 == 0]
@@ -282,11 +277,9 @@ def _checked_runs(rle: dict, height: int, width: int, what: str) -> np.ndarray:
 
 
 def _annotated(
-    path: str, width: int, height: int, objects: list[_Object], counts: Counter, place: str, *, masked: bool = False
+    path: str, width: int, height: int, objects: list[_Object], counts: Counter, *, masked: bool = False
 ) -> AnnotatedImage:
     """Without the objects whose boxes have no area."""
-    if min(width, height) < 1:
-        raise UsageError(f"{place} says that {path} is {width} x {height} pixels; unpack the annotations again")
     kept = [(one, box) for one in objects if (box := _inside(one, width, height, counts)) is not None]
     counts["empty"] += not kept
     return AnnotatedImage(
@@ -301,8 +294,13 @@ def _annotated(
     )
 
 
+def _check_size(width: int, height: int, path: str, place: str) -> None:
+    if not (isinstance(width, int) and isinstance(height, int) and min(width, height) >= 1):
+        raise UsageError(f"{place} says that {path} is {width!r} x {height!r} pixels; correct it, or unpack it again")
+
+
 def _inside(one: _Object, width: int, height: int, counts: Counter) -> np.ndarray | None:
-    """The box cut to its image, float32 (4,); None without an area."""
+    """The box cut to its image, float32 (4,); None without an area, as VOC's boxes of one pixel's width have none here."""
     box = np.array(one.box, np.float32)
     if not (box[2:] > box[:2]).all():
         counts["without_area"] += 1

@@ -239,6 +239,7 @@ def test_without_augmentation_it_reads_the_features_of_knn(tmp_path, digits_shar
     assert row.value > 50
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_set_of_heads(tmp_path, digits_shards, run_dir, local_ray):
     asked = options(tmp_path / "two", digits_shards, epochs=3, eval_every=3, num_workers=2, heads=("feature1", AVGPOOL))
     rows = linear.run(asked, open_backbone(run_dir))

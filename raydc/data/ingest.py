@@ -161,6 +161,7 @@ def _finished(folder: Folder, options: dict[str, Any], expect: dict[str, int] | 
 
 def _clear(folder: Folder) -> None:
     """Remove the manifest, then the shards of a former or interrupted run; ValueError for any other file."""
+    folder.sweep("", re.escape(MANIFEST))
     foreign = [name for name in folder.names() if name not in (*SPLITS, MANIFEST)]
     stale = [f"{split}/{name}" for split in SPLITS for name in folder.names(split)]
     foreign += [name for name in stale if not PART.fullmatch(name.partition("/")[2])]

@@ -344,3 +344,17 @@ def test_command_line_errors_are_one_sentence(tmp_path, arguments, status, messa
     (line,) = [line for line in failed.stderr.splitlines() if line and "images/s" not in line]
     assert line.startswith("error: ") and message in line
     assert failed.stdout == ""
+
+
+def test_a_manifest_that_a_kill_left_half_written_is_no_foreign_file(tmp_path):
+    left = tmp_path / "shards" / "manifest.json.0123abcd.part"
+    left.parent.mkdir()
+    left.write_text("{")
+    make_shards("digits", str(tmp_path / "shards"), use_ray=False, progress=False)
+    assert not left.exists()
+    other = tmp_path / "other" / "notes.part"
+    other.parent.mkdir()
+    other.write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        make_shards("digits", str(tmp_path / "other"), use_ray=False, progress=False)
+    assert other.read_text() == "mine"

@@ -100,7 +100,7 @@ def _unknown(word: str, arguments: list[str], hints: Hints, names: Collection[st
         return f"{word} stands after the fields and must stand before them: {prog} {word} {after}"
     if not word.startswith("--"):
         return f"{word!r} belongs to no field; fields are given as --name VALUE, switches as --name or --no-name"
-    flag = word.partition("=")[0].replace("_", "-")
+    flag = _flag(word)
     guess = nearest(flag, hints)
     return f"there is no {flag}; " + (f"did you mean {guess}?" if guess else "--help shows all there are")
 
@@ -110,6 +110,9 @@ def _refused(said: str, arguments: list[str], hints: Hints, required: list[str])
     blocks = re.split(r".*[-─]{5}.*", said)  # title, reason and help, between rules; without a frame where there is no UTF-8
     reason = " ".join(line.strip("│ ") for line in blocks[min(1, len(blocks) - 1)].strip().splitlines())
     if required and reason.startswith("Missing from"):
+        strange = next((one for one in arguments if one.startswith("--") and _flag(one) not in _known(hints)), None)
+        if strange:
+            return _unknown(strange, arguments, hints, (), "")
         return f"{' and '.join(required)} must be given; --help shows what they are"
     flag = next(iter(re.findall(r"--[a-z][\w.-]*", reason)), "").replace("_", "-")
     takes = _takes(hints.get(flag))
@@ -117,6 +120,15 @@ def _refused(said: str, arguments: list[str], hints: Hints, required: list[str])
         return reason or said.strip()
     value = _value(flag, arguments)
     return f"{flag} is {value}; give {takes}" if value else f"{flag} stands without a value; give {takes}"
+
+
+def _flag(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _known(hints: Hints) -> set[str]:
+    """All flags, with the other half of the switches."""
+    return {*hints, *(f"--no-{name.removeprefix('--')}" for name in hints), "--help"}
 
 
 def _value(flag: str, arguments: list[str]) -> str:
@@ -138,6 +150,8 @@ def _takes(hint) -> str | None:
         return ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
+        if parts[0] not in (int, float):
+            return _takes(parts[0])
         return "numbers" if Ellipsis in parts else f"{len(parts)} numbers"
     return {int: "a whole number", float: "a number", str: "one"}.get(hint)
 

@@ -64,6 +64,8 @@ def test_all_runs_what_the_data_allow_and_goes_on(place, capsys):
         (["knn", "--backbone", "nowhere", "--data", "x", "--run-dir", "y"], "nowhere is neither a run directory nor a file"),
         (["linear", "--backbone", "b", "--data", "x", "--run-dir", "y", "--presets", "z"], "did you mean --preset?"),
         (["linear", "--backbone", "b", "--data", "x", "--run-dir", "y", "--preset", "imagnet"], "imagenet"),
+        (["linear", "--backbone", "b", "--data", "x", "--run-dir", "y", "--heads", "feature9"], "give feature1, feature2"),
+        (["knn", "--bacbone", "b"], "there is no --bacbone; did you mean --backbone?"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, capsys):

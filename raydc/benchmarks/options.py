@@ -42,7 +42,8 @@ class Setting:
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker takes a GPU; auto: if there are enough."""
     deterministic: bool = False
-    """Two runs agree bit for bit on a GPU too (cuDNN deterministic, no autotuning); on CPUs they always do."""
+    """Two runs agree bit for bit on a GPU too (cuDNN deterministic, no autotuning); on CPUs they do, where the images fit
+    into memory."""
     max_failures: int = 3
     """Times it starts again after a worker died."""
     verbose: bool = False
@@ -143,7 +144,7 @@ class Semisup(Setting):
     """Fine-tune the backbone with a part of the labels. --data: shards with labels; writes a backbone too."""
 
     fraction: float = 0.01
-    """Share of the labels, the same of each class (at least one image), drawn by the seed; 1: all. 0 with --list."""
+    """Share of the labels, the same of each class (at least one image), drawn by the seed; 1: all. --list goes before it."""
     list: str = ""
     """File with the names of the labelled images, one a line (the official 1 % and 10 % lists); instead of the fraction."""
     lr: float = 0.01

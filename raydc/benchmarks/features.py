@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 import uuid
@@ -231,6 +232,8 @@ def _extract_here(setting: Setting, images: ImageSet, arguments: tuple) -> Itera
 def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
     import ray.data
 
+    if not setting.verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars, context.raise_original_map_exception = False, True
     block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))

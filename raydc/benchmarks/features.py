@@ -109,10 +109,10 @@ def image_files(folder: Folder, name: str, paths: list[str]) -> ImageSet:
 class Extractor:
     """What runs on a worker: a table of (image_id, image or path) -> its features in a file of ``cache``."""
 
-    def __init__(self, candidate, images: ImageSet, seen: View, taps: Taps, cache: Folder, train: TrainConfig, gpu: bool):
+    def __init__(self, candidate: launch.Shared, images: ImageSet, seen: View, taps: Taps, cache: Folder, train, gpu: bool):
         device = torch.device("cuda" if gpu else "cpu")
         self.compute, threads = training.open_compute(train, device, 1, deterministic=False)
-        self.network = self.compute.prepare(Tapped(candidate, taps))
+        self.network = self.compute.prepare(Tapped(candidate.get(), taps))
         self.reader, self.cache = Reader(images.folder, seen, threads), cache
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -189,7 +189,9 @@ def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps
         return Extraction(cache, cache.read_json(INDEX), from_cache=True)
     began = time.perf_counter()
     gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
-    arguments = (candidate, images, seen, taps, cache, train, gpu)
+    # By reference: an argument of this size would have Ray warn of restarts.
+    shared = launch.Shared(candidate, local=setting.num_workers == 0)
+    arguments = (shared, images, seen, taps, cache, train, gpu)
     run = _extract_here if setting.num_workers == 0 else _extract_on_ray
     files = _coverage(run(setting, images, arguments), images)
     index = {"facts": facts, "rows": images.rows, "files": files, "backbone": candidate.name, "images": images.name}

@@ -50,7 +50,7 @@ def warm_up(_: int) -> None:
 
 def fits(column: int, data: tuple) -> None:
     """All fits of one class, as a plain process does them."""
-    (train, basis), labels, test_labels = data
+    (train, _), labels, test_labels = data
     fit_full(train, labels[:, column], train[: len(test_labels)], test_labels[:, column])
 
 

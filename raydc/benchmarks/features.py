@@ -7,12 +7,11 @@ average-pooled to the protocol's grid and flattened.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import logging
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -113,7 +112,12 @@ class Extractor:
         device = torch.device("cuda" if gpu else "cpu")
         self.compute, threads = training.open_compute(train, device, 1, deterministic=False)
         self.network = self.compute.prepare(Tapped(candidate.get(), taps))
+        self.images = images
         self.reader, self.cache = Reader(images.folder, seen, threads), cache
+
+    def blocks(self, piece: str | pa.Table) -> list[pa.Table]:
+        """For each table of a piece, which images are in which file."""
+        return [self(table) for table in _tables(self.images, piece)]
 
     def __call__(self, table: pa.Table) -> pa.Table:
         ids = table["image_id"].to_numpy()
@@ -129,6 +133,17 @@ class Extractor:
         with self.compute.autocast():
             found = self.network(self.compute.place(pixels))
         return {tap: value.float().cpu().numpy() for tap, value in found.items()}
+
+
+class ExtractorActor:
+    """An Extractor that is made where it runs, again after a restart: an actor's own arguments may be lost by then."""
+
+    def __init__(self) -> None:
+        self.extractor: Extractor | None = None
+
+    def blocks(self, arguments: tuple, piece: str | pa.Table) -> list[pa.Table]:
+        self.extractor = self.extractor or Extractor(*arguments)
+        return self.extractor.blocks(piece)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +204,6 @@ def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps
         return Extraction(cache, cache.read_json(INDEX), from_cache=True)
     began = time.perf_counter()
     gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
-    # By reference: an argument of this size would have Ray warn of restarts.
     shared = launch.Shared(candidate, local=setting.num_workers == 0)
     arguments = (shared, images, seen, taps, cache, train, gpu)
     run = _extract_here if setting.num_workers == 0 else _extract_on_ray
@@ -217,58 +231,50 @@ def compute_config(setting: Setting) -> TrainConfig:
     return TrainConfig(precision=precision, channels_last="yes", threads=threads)
 
 
-def _tables(images: ImageSet, block: int = BLOCK) -> Iterator[pa.Table]:
-    """(image_id, image or path), at most ``block`` rows each."""
+def _pieces(images: ImageSet, block: int = BLOCK) -> Iterator[str | pa.Table]:
+    """Parquet files, or tables of (image_id, path)."""
+    yield from images.files
     if images.paths:
         table = pa.table({"image_id": np.arange(images.rows), "path": list(images.paths)})
         yield from (table.slice(start, block) for start in range(0, images.rows, block))
-    for file in images.files:
-        for batch in pq.ParquetFile(file, filesystem=images.folder.fs).iter_batches(block, columns=["image_id", "image"]):
-            yield pa.Table.from_batches([batch])
+
+
+def _tables(images: ImageSet, piece: str | pa.Table) -> Iterator[pa.Table]:
+    """(image_id, image or path), at most BLOCK rows each."""
+    if isinstance(piece, pa.Table):
+        yield piece
+        return
+    for batch in pq.ParquetFile(piece, filesystem=images.folder.fs).iter_batches(BLOCK, columns=["image_id", "image"]):
+        yield pa.Table.from_batches([batch])
 
 
 def _extract_here(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
-    return map(Extractor(*arguments), _tables(images))
+    extractor = Extractor(*arguments)
+    for piece in _pieces(images):
+        yield from extractor.blocks(piece)
 
 
 def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
-    import ray.data
+    """The same on actors; one that dies is made again, and its piece with it."""
+    import ray
+    from ray.util import ActorPool
 
-    if not setting.verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars, context.raise_original_map_exception = False, True
-    block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
-    if images.paths:
-        dataset = ray.data.from_arrow(list(_tables(images, block)))
-    else:
-        dataset = ray.data.read_parquet(list(images.files), columns=["image_id", "image"], filesystem=images.folder.fs)
-    done = dataset.map_batches(
-        Extractor,
-        fn_constructor_args=arguments,
-        batch_size=block,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=setting.num_workers),
-        num_cpus=1,
-        num_gpus=1 if arguments[-1] else 0,
+    actor = ray.remote(ExtractorActor).options(
+        num_cpus=1, num_gpus=1 if arguments[-1] else 0, max_restarts=setting.max_failures, max_task_retries=-1
     )
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # a set of one file
+    actors = [actor.remote() for _ in range(setting.num_workers)]
+    block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
     try:
-        yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+        pool = ActorPool(actors)
+        for tables in pool.map_unordered(lambda one, piece: one.blocks.remote(arguments, piece), _pieces(images, block)):
+            yield from tables
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise _as_run_error(error) from None
-
-
-def _as_run_error(error: BaseException) -> RunError:
-    """What the user can mend, from the depth of Ray's own errors; else its last words."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, RunError):
-            return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    last = [line.strip() for line in str(error).splitlines() if line.strip()][-1][:200]
-    said = last.partition("RunError: ")[2]
-    return RunError(said or f"the extraction failed ({last}); --verbose shows Ray's log")
+        raise RunError(f"the extraction failed ({str(error).splitlines()[0][:200]}); the same command tries again") from None
+    finally:
+        for one in actors:
+            ray.kill(one)
 
 
 def _coverage(tables: Iterator[pa.Table], images: ImageSet) -> list[str]:
@@ -346,7 +352,7 @@ def _adapted(candidate: Candidate, images: ImageSet, seen: View) -> dict[str, to
 
 
 def _first(images: ImageSet, num: int) -> Iterator[pa.Table]:
-    for table in _tables(images):
+    for table in itertools.chain.from_iterable(_tables(images, piece) for piece in _pieces(images)):
         yield table.slice(0, num)
         num -= len(table)
         if num <= 0:

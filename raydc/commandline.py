@@ -113,7 +113,10 @@ def _refused(said: str, arguments: list[str], hints: Hints, required: list[str])
         strange = next((one for one in arguments if one.startswith("--") and _flag(one) not in _known(hints)), None)
         if strange:
             return _unknown(strange, arguments, hints, (), "")
-        return f"{' and '.join(required)} must be given; --help shows what they are"
+        missing = [
+            name for name in required if f"--{name.lower().replace('_', '-')}" not in {_flag(one) for one in arguments}
+        ]
+        return f"{' and '.join(missing or required)} must be given; --help shows what they are"
     flag = next(iter(re.findall(r"--[a-z][\w.-]*", reason)), "").replace("_", "-")
     takes = _takes(hints.get(flag))
     if takes is None:

@@ -39,7 +39,7 @@ def test_knn_prints_its_table_and_where_it_is(place, capsys):
 
 
 def test_all_runs_what_the_data_allow_and_goes_on(place, capsys):
-    asked = given(place, "all", epochs=1, fractions=0.1)
+    asked = given(place, "all", epochs=1, fractions=0.1, threads=1)
     assert main(asked) == 0
     first = capsys.readouterr().out
     rows = json.loads((place / "all" / "scorecard.json").read_text())["rows"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 from raydc.benchmarks import knn, linear, scorecard, semisup, voc07
-from raydc.benchmarks.datasets import read_voc07
+from raydc.benchmarks.datasets import Voc07, read_voc07
 from raydc.benchmarks.learner import open_shards
 from raydc.benchmarks.options import All, Knn, Linear, Lowshot, Semisup, Setting, Svm
 from raydc.benchmarks.scorecard import Row
@@ -30,6 +30,8 @@ def run(options: All, candidate: Candidate) -> list[Row]:
     What the data do not allow is said and left out; UsageError where nothing is left.
     """
     folder, rows, refused = options.folder, [], []
+    for place in options.data:  # all of it, before days of work on the first
+        open_shards(place) if Folder(place).exists(MANIFEST) else _read_voc07(place)
     claim(options, {"backbone": candidate.fingerprint}, others=("fractions", "lists"))
     for one in _plan(options):
         try:
@@ -57,7 +59,8 @@ def _given(options: All, cls: type[Setting], data: str, name: str, **more) -> Se
     """Options of one benchmark; its run directory is named after it and its data."""
     run_dir = Folder(options.run_dir)
     common = {field.name: getattr(options, field.name) for field in fields(Setting) if hasattr(options, field.name)}
-    places = {"data": data, "run_dir": run_dir.place(name), "features": run_dir.place("features")}
+    features = options.features or run_dir.place("features")
+    places = {"data": data, "run_dir": run_dir.place(name), "features": features}
     return cls(**common | places | more)
 
 
@@ -74,10 +77,7 @@ def _on_shards(options: All, data: str, name: str) -> Iterator[Setting]:
 
 
 def _on_voc07(options: All, data: str, name: str) -> Iterator[Setting]:
-    try:
-        labels = read_voc07(data).labels["trainval"]
-    except UsageError as error:
-        raise UsageError(f"{data} is neither shards (no {MANIFEST}) nor a VOC2007 folder ({error})") from None
+    labels = _read_voc07(data).labels["trainval"]
     svm = _given(options, Svm, data, f"svm_{name}")
     yield svm
     best = next((row for row in scorecard.read(svm.folder) if row.column == "best"), None)
@@ -87,3 +87,10 @@ def _on_voc07(options: All, data: str, name: str) -> Iterator[Setting]:
     most = int((labels == 1).sum(0).min())
     shots = tuple(k for k in Lowshot.shots if k <= most)
     yield _given(options, Lowshot, data, f"lowshot_{name}", layer=layer, shots=shots)
+
+
+def _read_voc07(place: str) -> Voc07:
+    try:
+        return read_voc07(place)
+    except UsageError as error:
+        raise UsageError(f"{place} is neither shards (no {MANIFEST}) nor a VOC2007 folder ({error})") from None

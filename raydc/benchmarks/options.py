@@ -233,6 +233,10 @@ class All:
     """Where every random number begins."""
     num_workers: int = 1
     """Processes that train or extract; 0 does all in this one, without Ray, for debugging."""
+    threads: int = 0
+    """CPU threads of a worker; 0: the node's CPUs shared by its workers. On a busy machine 1 is far faster."""
+    features: str = ""
+    """Folder of extracted features. Default: features, inside the run directory."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker takes a GPU; auto: if there are enough."""
     verbose: bool = False

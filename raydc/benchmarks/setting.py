@@ -45,7 +45,7 @@ def notes(candidate: Candidate, statistics: str, *more: str) -> tuple[str, ...]:
     return tuple(filter(None, (*candidate.notes, fresh, size, *more)))
 
 
-FREE_TO_CHANGE = ("run_dir", "data", "backbone", "features", "num_workers", "use_gpu", "max_failures", "verbose")
+FREE_TO_CHANGE = ("run_dir", "data", "backbone", "features", "num_workers", "threads", "use_gpu", "max_failures", "verbose")
 
 
 def claim(setting: Setting | All, facts: dict[str, str], others: Sequence[str] = ()) -> None:

@@ -211,7 +211,7 @@ def spoiled(place: int, column: int, keep: int):
 @pytest.mark.parametrize(
     ("labels", "options", "says"),
     [
-        (spoiled(0, 1, 2), {}, "class bee has 2 positive images in trainval, too few for 3-fold .* leave it out or give"),
+        (spoiled(0, 1, 2), {}, "class bee has 2 positive images in trainval, too few for 3-fold .* give at least 3"),
         (spoiled(0, 0, 0), {}, "class ant has 0 positive images in trainval"),
         (spoiled(1, 0, 0), {}, "class ant has no positive image in test"),
         ([np.ones((90, 2), np.int8), spoiled(0, 0, 9)[1]], {}, "class ant has 0 negative images"),

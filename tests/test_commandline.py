@@ -124,8 +124,10 @@ def test_an_error_of_the_program_is_not_hidden():
 
 
 def test_sigterm_is_told_from_ctrl_c_and_its_handler_is_put_back(capsys):
-    before = signal.getsignal(signal.SIGTERM)
+    before, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
     assert commandline.run(lambda: os.kill(os.getpid(), signal.SIGTERM), again="it goes on") == 143
     assert capsys.readouterr().err == "stopped by SIGTERM; it goes on\n"
     assert commandline.run(lambda: signal.raise_signal(signal.SIGINT), again="it goes on") == 130
+    signal.signal(signal.SIGINT, interrupt)
     assert signal.getsignal(signal.SIGTERM) is before

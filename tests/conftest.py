@@ -1,4 +1,4 @@
-"""One local Ray for the whole session, and the real images."""
+"""What the session shares: one local Ray, the real images, digits as shards and a backbone of a few seconds on them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def real_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def official_lists() -> Path:
+    """The folder of imagenet_meta/imagenet_subsets/{1percent,10percent}.txt and voc12_lists/train_aug.txt."""
+    if not SHARED.exists():
+        pytest.skip(f"no official lists: {SHARED} does not exist")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
 def local_ray():
     """Ray with more logical CPUs than workers, so that data tasks always find one."""
     from raydc import launch
@@ -50,3 +58,34 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits_shards(tmp_path_factory) -> str:
+    """1,437 train and 360 val images of 8 x 8 pixels, 10 classes."""
+    from raydc import make_shards
+
+    place = tmp_path_factory.mktemp("digits") / "shards"
+    make_shards("digits", str(place), val_fraction=0.2, use_ray=False, progress=False)
+    return str(place)
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory) -> str:
+    """A finished run."""
+    from tiny import tiny
+
+    from raydc import pretrain
+
+    place = tmp_path_factory.mktemp("runs") / "tiny"
+    pretrain(tiny(place, epochs=1))
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, digits_shards, run_dir) -> Path:
+    """A folder with both, as ``shards`` and ``run``, for commands that write beside them."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "shards").symlink_to(digits_shards)
+    (folder / "run").symlink_to(run_dir)
+    return folder

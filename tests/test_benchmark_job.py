@@ -5,21 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-from tiny import tiny
-
-from raydc import make_shards, pretrain
 
 JOB = runpy.run_path(str(Path(__file__).resolve().parents[1] / "jobs" / "benchmark.py"))
 main = JOB["main"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark")
-    make_shards("digits", str(folder / "shards"), val_fraction=0.2, use_ray=False, progress=False)
-    pretrain(tiny(folder / "run", epochs=1))
-    return folder
 
 
 def given(place: Path, name: str, **more) -> list[str]:

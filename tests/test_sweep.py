@@ -7,23 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny
 
-from raydc import make_shards, pretrain
 from raydc.benchmarks import semisup
 from raydc.benchmarks.options import Semisup
 from raydc.benchmarks.setting import open_backbone
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tuning" / "semisup.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sweep")
-    make_shards("digits", str(folder / "shards"), val_fraction=0.2, use_ray=False, progress=False)
-    pretrain(tiny(folder / "run", epochs=1))
-    return folder
 
 
 def sweep(place: Path, *more: str) -> subprocess.CompletedProcess:

@@ -44,36 +44,30 @@ class Preset:
     note: str = ""
 
 
-def _steps(epochs: int, milestones: tuple[float, ...], lr: float, weight_decay: float, nesterov: bool) -> TrainConfig:
-    return TrainConfig(
-        epochs=epochs,
-        batch_size=256,
-        lr=lr,
-        schedule="step",
-        milestones=milestones,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-    )
+def _steps(epochs: int, *milestones: float, **more) -> TrainConfig:
+    return TrainConfig(epochs=epochs, batch_size=256, schedule="step", milestones=milestones, **more)
 
 
+LAYERS_SGD = {"lr": 0.01, "weight_decay": 1e-4, "nesterov": True}
+AVGPOOL_SGD = {"lr": 30.0, "weight_decay": 0.0}
 OUR_CHOICE = "AvgPool has no published config for this data: ImageNet's settings with this data's epochs, our choice"
 PRESETS = {
     "imagenet": Preset(
-        layers=_steps(90, (30, 60, 90), 0.01, 1e-4, True),
-        avgpool=_steps(100, (60, 80), 30.0, 0.0, False),
+        layers=_steps(90, 30, 60, 90, **LAYERS_SGD),
+        avgpool=_steps(100, 60, 80, **AVGPOOL_SGD),
         crop="resized",
         jitter=JITTER,
     ),
     "places205": Preset(
-        layers=_steps(28, (7, 14, 21), 0.01, 1e-4, True),
-        avgpool=_steps(28, (7, 14, 21), 30.0, 0.0, False),
+        layers=_steps(28, 7, 14, 21, **LAYERS_SGD),
+        avgpool=_steps(28, 7, 14, 21, **AVGPOOL_SGD),
         crop="square",
         jitter={},
         note=OUR_CHOICE,
     ),
     "inat18": Preset(
-        layers=_steps(84, (24, 48, 72), 0.01, 1e-4, True),
-        avgpool=_steps(84, (24, 48, 72), 30.0, 0.0, False),
+        layers=_steps(84, 24, 48, 72, **LAYERS_SGD),
+        avgpool=_steps(84, 24, 48, 72, **AVGPOOL_SGD),
         crop="resized",
         jitter={},
         note=OUR_CHOICE,

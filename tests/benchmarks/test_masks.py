@@ -1,7 +1,6 @@
 """Segmentation sets: what hand-read label images must give, the official tables, and folders that are not whole."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from raydc.benchmarks.masks import (
 from raydc.config import UsageError
 from raydc.storage import Folder
 
-LISTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "voc12_lists"
 # The official labels.py, name: (id, train id).
 OFFICIAL = {
     "road": (7, 0),
@@ -126,10 +124,8 @@ def test_real_camvid(real_data):
         check_labels(dataset)
 
 
-def test_the_list_of_the_augmented_set():
-    if not LISTS.exists():
-        pytest.skip(f"no lists: {LISTS} does not exist")
-    names = read_names(Folder(LISTS), "train_aug.txt")
+def test_the_list_of_the_augmented_set(official_lists):
+    names = read_names(Folder(official_lists / "voc12_lists"), "train_aug.txt")
     assert len(names) == len(set(names)) == 10_582 and names[0] == "2011_003276"
 
 

@@ -106,10 +106,8 @@ def test_a_larger_fraction_keeps_the_images_of_a_smaller_one():
 @pytest.mark.parametrize(
     ("name", "count", "least", "most"), [("1percent", 12_811, 12, 13), ("10percent", 128_116, 128, 129)]
 )
-def test_the_official_lists_are_found_by_file_name(name, count, least, most):
-    path = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_meta" / "imagenet_subsets" / f"{name}.txt"
-    if not path.exists():
-        pytest.skip("no official lists here")
+def test_the_official_lists_are_found_by_file_name(name, count, least, most, official_lists):
+    path = official_lists / "imagenet_meta" / "imagenet_subsets" / f"{name}.txt"
     listed = path.read_text().split()
     classes = sorted({one.split("_")[0] for one in listed})
     others = [f"{wnid}_other_{i}.JPEG" for wnid in classes for i in range(3)]

@@ -11,7 +11,6 @@ from raydc import commandline
 from raydc.benchmarks import options
 from raydc.config import UsageError
 from raydc.recipes import RECIPES
-from raydc.storage import Folder
 
 BENCHMARKS = {
     "linear": options.Linear,
@@ -54,7 +53,7 @@ def _job(asked: options.Setting | options.All) -> None:
     candidate = setting.open_backbone(asked.backbone, asked.arch, asked.seed, setting.networks(RECIPES)).at(asked.size)
     run = everything.run if isinstance(asked, options.All) else everything.RUN[type(asked)]
     print(scorecard.tables(run(asked, candidate)))
-    print(Folder(asked.run_dir).place(scorecard.SCORECARD))
+    print(asked.folder.place(scorecard.SCORECARD))
 
 
 if __name__ == "__main__":

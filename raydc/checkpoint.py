@@ -106,6 +106,12 @@ def _number(epoch_name: str) -> int:
     return int(epoch_name.split("_")[1])
 
 
+def committed_epochs(folder: Folder) -> int:
+    """How many epochs are done, as the newest commit has it."""
+    committed = _states(folder)
+    return _number(committed[-1]) + 1 if committed else 0
+
+
 def load_state(folder: Folder, state: TrainState) -> None:
     """Bring ``state`` to the last commit; leaves it alone where there is none."""
     committed = _states(folder)
@@ -180,20 +186,24 @@ def save_backbone(folder: Folder, backbone: Backbone, config: configs.Config) ->
     _write(folder, BACKBONE, safetensors.torch.save(tensors, metadata))
 
 
+def read_tensors(folder: Folder, file: str = BACKBONE) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; UsageError where it is none."""
+    if not folder.exists(file):
+        raise UsageError(f"{folder.uri} holds no {file}; give a run directory with a finished epoch")
+    data = folder.read(file)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return safetensors.torch.load(data), header.get("__metadata__", {})
+    except (ValueError, SafetensorError):
+        raise UsageError(f"{folder.uri}/{file} is no safetensors file, or damaged; give a file that raydc wrote") from None
+
+
 def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[str, str]]:
     """The network of a run directory (or of any such file), in eval mode, and its metadata.
 
     UsageError if it is not one of ours.
     """
-    if not folder.exists(file):
-        raise UsageError(f"{folder.uri} holds no {file}; give a run directory with a finished epoch")
-    data = folder.read(file)
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (ValueError, SafetensorError):
-        raise UsageError(f"{folder.uri}/{file} is no safetensors file, or damaged; give a file that raydc wrote") from None
-    metadata = header.get("__metadata__", {})
+    tensors, metadata = read_tensors(folder, file)
     if "model" not in metadata:
         raise UsageError(f"{folder.uri}/{file} does not say its architecture; give a file that raydc wrote")
     backbone = Backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))

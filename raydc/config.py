@@ -23,7 +23,8 @@ class RunError(RuntimeError):
     """A run that cannot go on (NaN loss, full disk, too many dead workers); the message names the remedy. Exit code 1."""
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
+    """UsageError with the message unless the condition holds."""
     if not condition:
         raise UsageError(message)
 
@@ -33,7 +34,7 @@ def _check_choices(section: str, config) -> None:
     for name, hint in typing.get_type_hints(type(config)).items():
         if typing.get_origin(hint) is Literal:
             value, choices = getattr(config, name), typing.get_args(hint)
-            _check(value in choices, f"{section}{name} is {value!r}; give {', '.join(choices)}")
+            check(value in choices, f"{section}{name} is {value!r}; give {', '.join(choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices("model.", self)
-        _check(self.width >= 4, f"model.width is {self.width}; give at least 4")
-        _check(self.stem_stride in (1, 2, 4), f"model.stem_stride is {self.stem_stride}; give 1, 2 or 4")
-        _check(min(self.std) > 0, f"model.std is {self.std}; give positive numbers")
+        check(self.width >= 4, f"model.width is {self.width}; give at least 4")
+        check(self.stem_stride in (1, 2, 4), f"model.stem_stride is {self.stem_stride}; give 1, 2 or 4")
+        check(min(self.std) > 0, f"model.std is {self.std}; give positive numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,21 +119,21 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         _check_choices("images.", self)
-        _check(self.size >= 4, f"images.size is {self.size}; give at least 4 pixels")
-        _check(self.resize >= self.size, f"images.resize {self.resize} is below images.size {self.size}; raise it")
+        check(self.size >= 4, f"images.size is {self.size}; give at least 4 pixels")
+        check(self.resize >= self.size, f"images.resize {self.resize} is below images.size {self.size}; raise it")
         low, high = self.crop_scale
-        _check(0 < low <= high <= 1, f"images.crop_scale is {self.crop_scale}; give 0 < low <= high <= 1")
+        check(0 < low <= high <= 1, f"images.crop_scale is {self.crop_scale}; give 0 < low <= high <= 1")
         low, high = self.crop_ratio
-        _check(0 < low <= high, f"images.crop_ratio is {self.crop_ratio}; give 0 < low <= high")
-        _check(self.cache_size >= 0, f"images.cache_size is {self.cache_size}; give 0 or more pixels")
-        _check(self.zoom < 1, f"images.zoom is {self.zoom}; give less than 1")
-        _check(self.shear < 90, f"images.shear is {self.shear}; give less than 90 degrees")
+        check(0 < low <= high, f"images.crop_ratio is {self.crop_ratio}; give 0 < low <= high")
+        check(self.cache_size >= 0, f"images.cache_size is {self.cache_size}; give 0 or more pixels")
+        check(self.zoom < 1, f"images.zoom is {self.zoom}; give less than 1")
+        check(self.shear < 90, f"images.shear is {self.shear}; give less than 90 degrees")
         for name in ("flip", "grayscale"):
-            _check(0 <= getattr(self, name) <= 1, f"images.{name} is {getattr(self, name)}; give a probability")
+            check(0 <= getattr(self, name) <= 1, f"images.{name} is {getattr(self, name)}; give a probability")
         for name in ("brightness", "contrast", "saturation", "rotation", "zoom", "shear", "shift", "elastic", "lighting"):
-            _check(getattr(self, name) >= 0, f"images.{name} is {getattr(self, name)}; give 0 or more")
-        _check(0 <= self.hue <= 0.5, f"images.hue is {self.hue}; give 0 to 0.5")
-        _check(self.shuffle_buffer >= 1, f"images.shuffle_buffer is {self.shuffle_buffer}; give at least 1")
+            check(getattr(self, name) >= 0, f"images.{name} is {getattr(self, name)}; give 0 or more")
+        check(0 <= self.hue <= 0.5, f"images.hue is {self.hue}; give 0 to 0.5")
+        check(self.shuffle_buffer >= 1, f"images.shuffle_buffer is {self.shuffle_buffer}; give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +151,10 @@ class ClusteringConfig:
 
     def __post_init__(self) -> None:
         _check_choices("clustering.", self)
-        _check(self.num_clusters != 1, "clustering.num_clusters is 1; give 2 or more, or 0 for num_images // 128")
-        _check(self.num_clusters >= 0, f"clustering.num_clusters is {self.num_clusters}; give 2 or more, or 0")
-        _check(self.pca_dim >= 1, f"clustering.pca_dim is {self.pca_dim}; give at least 1")
-        _check(self.iterations >= 1, f"clustering.iterations is {self.iterations}; give at least 1")
+        check(self.num_clusters != 1, "clustering.num_clusters is 1; give 2 or more, or 0 for num_images // 128")
+        check(self.num_clusters >= 0, f"clustering.num_clusters is {self.num_clusters}; give 2 or more, or 0")
+        check(self.pca_dim >= 1, f"clustering.pca_dim is {self.pca_dim}; give at least 1")
+        check(self.iterations >= 1, f"clustering.iterations is {self.iterations}; give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +203,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choices("train.", self)
         for name in ("epochs", "batch_size", "plan_length", "lr", "gamma"):
-            _check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
+            check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
         for name in ("momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
-            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
-        _check(not self.nesterov or self.momentum > 0, "train.nesterov needs train.momentum above 0; give one or the other")
-        _check(self.schedule != "step" or self.milestones, "train.schedule step needs train.milestones; give the epochs")
-        _check(
+            check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
+        check(not self.nesterov or self.momentum > 0, "train.nesterov needs train.momentum above 0; give one or the other")
+        check(self.schedule != "step" or self.milestones, "train.schedule step needs train.milestones; give the epochs")
+        check(
             self.schedule_epochs == 0 or self.schedule_epochs >= self.epochs,
             f"train.schedule_epochs {self.schedule_epochs} is below train.epochs {self.epochs}; raise it or give 0",
         )
@@ -223,8 +224,8 @@ class BankConfig:
     """CPU threads of k-means; 0: all CPUs of the bank's node (the workers wait meanwhile)."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.num_gpus < 1, f"bank.num_gpus is {self.num_gpus}; give 0 or a share below 1")
-        _check(self.threads >= 0, f"bank.threads is {self.threads}; give 0 or more")
+        check(0 <= self.num_gpus < 1, f"bank.num_gpus is {self.num_gpus}; give 0 or a share below 1")
+        check(self.threads >= 0, f"bank.threads is {self.threads}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,7 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("num_images", 1), ("images_per_class", 0), ("num_neighbours", 1)):
-            _check(getattr(self, name) >= least, f"probe.{name} is {getattr(self, name)}; give {least} or more")
+            check(getattr(self, name) >= least, f"probe.{name} is {getattr(self, name)}; give {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +263,7 @@ class Config:
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker takes a GPU; auto: if there are enough."""
     deterministic: bool = False
-    """Bit-equal runs on a GPU too, at some cost; on CPUs they always are."""
+    """Bit-equal runs on a GPU too, at some cost; on CPUs they are, where the images fit into memory."""
     max_failures: int = 3
     """Times a run starts again from its last commit point after a worker died."""
     verbose: bool = False
@@ -276,11 +277,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choices("", self)
-        _check(self.max_failures >= 0, f"max_failures is {self.max_failures}; give 0 or more")
-        _check(self.seed >= 0, f"seed is {self.seed}; give 0 or more")
-        _check(self.num_workers >= 0, f"num_workers is {self.num_workers}; give 0 or more")
+        check(self.max_failures >= 0, f"max_failures is {self.max_failures}; give 0 or more")
+        check(self.seed >= 0, f"seed is {self.seed}; give 0 or more")
+        check(self.num_workers >= 0, f"num_workers is {self.num_workers}; give 0 or more")
         workers = max(1, self.num_workers)
-        _check(
+        check(
             self.train.batch_size % workers == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of num_workers {workers}; change one of them",
         )
@@ -295,7 +296,7 @@ def from_dict(cls, values: dict):
     """The configuration back from JSON; an unknown field is a UsageError that names it."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    _check(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; the run was written by another version")
+    check(not unknown, f"{cls.__name__} has no field {', '.join(unknown)}; the run was written by another version")
     return cls(**{name: _from_json(hints[name], value) for name, value in values.items()})
 
 

@@ -60,7 +60,7 @@ def extract(run: Run, epoch: int) -> str:
     The token of the pass. A rank may have been given no image at all, so nothing collective happens in the pass itself.
     """
     token = run.open_bank()
-    clock = Clock(time.perf_counter())
+    clock = Clock()
     ids, features = collect(run, run.model.backbone, run.images.extract("train"), clock, epoch)
     with run.together():
         run.bank.send("add_moments", token, run.worker.rank, moments(features))
@@ -108,7 +108,7 @@ def train(run: Run, assignment: Assignment) -> float:
     plan = make_plan(run.config, assignment)
     seed = derive(run.config.seed, "crops", epoch)
     num_steps = plan.num_draws // config.batch_size
-    clock = Clock(time.perf_counter())
+    clock = Clock()
     loss = training.run_steps(
         run.trained,
         run.prefetched(run.images.train(plan, seed, config.batch_size)),
@@ -122,7 +122,7 @@ def train(run: Run, assignment: Assignment) -> float:
         on_step=lambda step: run.progress(epoch, "train", step * config.batch_size),
     )
     equalise_statistics(run.model)
-    loss = run.worker.sum(loss) / run.worker.world_size
+    loss = run.worker.mean(loss)
     drawn = int((plan.counts > 0).sum())
     run.log(epoch, "train", **clock.summary(run.worker.sum(clock.images)), loss=round(loss, 4), num_images_drawn=drawn)
     return loss
@@ -170,17 +170,17 @@ def pretrain(config: Config, callbacks=()) -> dict:
     began = time.time()
     local = config.num_workers == 0
     folder = run_dir(config)
-    prepare.earlier(config, folder)
+    written = prepare.earlier(config, folder)
     prepare.sweep(folder)
     data, manifest = prepare.open_data(config, folder)
-    prepare.check_images(config, folder, data, manifest)
+    prepare.check_images(config, written, folder, data, manifest)
     if folder.exists("result.json"):
         print(f"this run is finished; give another --run-dir to train again (its results are in {folder.uri})")
         return folder.read_json("result.json")
     if not local:  # not before all that can be said without Ray, which takes seconds to start
         launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
         launch.check_resources(config.num_workers, folder)
-    config = prepare.settle(config, folder, data, manifest)
+    config = prepare.settle(config, written, folder, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     job = Job(
         config=config,

@@ -116,6 +116,7 @@ class Shared:
     def __init__(self, value: Any, *, local: bool) -> None:
         self._value = value if local else None
         self._refs = [] if local else [value if isinstance(value, ray.ObjectRef) else ray.put(value)]
+        self.key = "" if local else self._refs[0].hex()  # tells it from others, also in another process
 
     def get(self) -> Any:
         return ray.get(self._refs[0]) if self._refs else self._value
@@ -205,15 +206,13 @@ class Console:
             self.bar.close()
 
     def _run(self) -> None:
-        while True:
+        last = False
+        while not last:
             last = self.stop.wait(self.poll_s)
             try:
-                messages = self.board.take()
-            except Exception:  # the cluster is going down, and with it the last words
-                return
-            for kind, value in messages:
-                self._show(kind, value)
-            if last:
+                for kind, value in self.board.take():
+                    self._show(kind, value)
+            except Exception:  # the cluster is going down, and with it the last words; or nobody reads on (`| head`)
                 return
 
     def _show(self, kind: str, value: Any) -> None:
@@ -302,6 +301,29 @@ class Worker:
         dist.all_reduce(total)
         return total.item()
 
+    def gather(self, value: Any) -> list | None:
+        """The values of all ranks, in their order, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, found, dst=0)
+        return found
+
+    def mean(self, value: float) -> float:
+        """Over the ranks."""
+        return self.sum(value) / self.world_size
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model to be stepped, whose gradients are the mean over the ranks; its weights are the model's own.
+
+        BatchNorm's buffers are made equal at the end of an epoch (models.norm): broadcasting them before every step costs
+        time and would throw away what the other ranks saw.
+        """
+        if self.world_size == 1:
+            return model
+        on = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=on, broadcast_buffers=False)
+
     def report(self, metrics: dict) -> None:
         """A barrier for all workers that tells Ray (and, through its callback, Tune) of the metrics.
 
@@ -378,7 +400,7 @@ def _trainer(loop, job: Job, num_workers: int, use_gpu: bool, callbacks) -> Torc
     resources = {"CPU": 1}
     if use_gpu:
         spare = ray.cluster_resources().get("GPU", 0) - num_workers if num_workers else 0
-        resources["GPU"] = 1 if spare >= 1 else 1 - job.config.bank.num_gpus
+        resources["GPU"] = 1 if spare >= 1 or job.bank is None else 1 - job.config.bank.num_gpus
     # Ray keeps its own notes on a run; ours are enough to go on, so its are thrown away with each start's name.
     run_config = ray.train.RunConfig(
         name=f"start_{int(time.time() * 1000)}",

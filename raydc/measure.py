@@ -35,7 +35,7 @@ def probe(run: Run, epoch: int, token: str) -> None:
 
 def features_to_probe(run: Run, epoch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """This rank's features of the val split; before the first epoch also the baselines' of both splits."""
-    clock, rows = Clock(time.perf_counter()), {}
+    clock, rows = Clock(), {}
     if "val" in run.sizes:
         rows["val"] = collect(run, run.model.backbone, run.images.extract("val"), clock)
     if epoch > 0:

@@ -1,4 +1,4 @@
-"""Parameter groups and schedules, all from torch.optim."""
+"""Parameter groups of torch.optim's SGD, and the schedules of its rate."""
 
 from __future__ import annotations
 

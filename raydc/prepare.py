@@ -55,9 +55,8 @@ def earlier(config: Config, run_dir: Folder) -> dict | None:
     return written
 
 
-def check_images(config: Config, run_dir: Folder, data: Folder, manifest) -> None:
-    """UsageError for shards that are not those of the run, or too few for it."""
-    written = earlier(config, run_dir)
+def check_images(config: Config, written: dict | None, run_dir: Folder, data: Folder, manifest) -> None:
+    """UsageError for shards that are not those of the run (``written``: what ``earlier`` found), or too few for it."""
     if written and written["data_fingerprint"] != manifest.fingerprint:
         raise UsageError(f"the shards in {data.uri} are not those {run_dir.uri} was started with; give another --run-dir")
     k, num_images = config.clustering.num_clusters, manifest.splits["train"].rows
@@ -74,10 +73,8 @@ def sweep(run_dir: Folder) -> None:
         run_dir.sweep(f"checkpoints/{epoch}", r"state\.pt")
 
 
-def settle(config: Config, run_dir: Folder, data: Folder, manifest) -> Config:
+def settle(config: Config, written: dict | None, run_dir: Folder, data: Folder, manifest) -> Config:
     """Every "auto" decided, once per run: written to config.json by the first start, reused by the later ones."""
-    check_images(config, run_dir, data, manifest)
-    written = earlier(config, run_dir)
     if written is None:
         chosen = choose(config, data, manifest)
         facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}

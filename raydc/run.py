@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from raydc import checkpoint, training
 from raydc.checkpoint import TrainState
@@ -47,22 +46,13 @@ class Run:
         self.model = self.compute.prepare(Classifier(backbone, self.config.clustering.num_clusters))
         self.state = TrainState(self.model, build_optimizer(self.model.backbone, self.model.head, self.config.train))
         checkpoint.load_state(self.folder, self.state)
-        self.trained = self._trained()
+        # A compiled module has the model's own weights, as a wrapped one has.
+        self.trained = self.worker.wrap(torch.compile(self.model) if self.config.train.compile else self.model)
         self.labels = job.extras["labels"].get() if self.worker.is_first else None
         order = np.argsort(uniforms(derive(self.config.seed, "probe"), np.arange(self.sizes["train"]))[:, 0], kind="stable")
         self.probe_ids = np.sort(order[: self.config.probe.num_images])
         self.journal = Journal(self.folder) if self.worker.is_first else None
         self._go_on(job)
-
-    def _trained(self) -> torch.nn.Module:
-        """The module that is stepped: compiled and wrapped where asked for. Its weights are the model's own."""
-        model = torch.compile(self.model) if self.config.train.compile else self.model
-        if self.worker.world_size == 1:
-            return model
-        # BatchNorm's buffers are made equal once an epoch; broadcasting them before every step costs time and would
-        # throw away what the other ranks saw.
-        on = [self.worker.device] if self.worker.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=on, broadcast_buffers=False)
 
     def _go_on(self, job: Job) -> None:
         """Say where this start begins, and forget what will be written again."""
@@ -123,8 +113,7 @@ class Run:
         return np.array(getattr(self.images, "unreadable", {}).get(split, []), np.int64)
 
     def prefetched(self, batches: Iterator) -> Iterator:
-        """Batches made ahead in a thread, where that does not take the CPU from the network."""
-        return training.prefetch(batches) if self.streamed or self.worker.device.type == "cuda" else batches
+        return training.prefetched(batches, self.streamed, self.worker.device)
 
     def probe_is_due(self, epoch: int) -> bool:
         every = self.config.probe.every

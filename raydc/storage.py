@@ -69,6 +69,14 @@ class Folder:
     def exists(self, name: str = "") -> bool:
         return self.fs.get_file_info(self.path(name)).type != pyarrow.fs.FileType.NotFound
 
+    def is_file(self, name: str = "") -> bool:
+        return self.fs.get_file_info(self.path(name)).type == pyarrow.fs.FileType.File
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.root.rpartition("/")[2]
+
     def names(self, name: str = "") -> list[str]:
         """Sorted base names of what is directly inside the folder; empty when there is no such folder."""
         selector = pyarrow.fs.FileSelector(self.path(name), allow_not_found=True)

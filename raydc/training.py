@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
@@ -85,7 +86,7 @@ def open_compute(
 class Clock:
     """Seconds spent and seconds spent waiting for data in one pass, and the images it saw."""
 
-    began: float
+    began: float = field(default_factory=time.perf_counter)
     waiting: float = 0.0
     images: int = 0
     cpu: float = field(default_factory=time.process_time)
@@ -152,6 +153,11 @@ def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
         stopped.set()
 
 
+def prefetched(batches: Iterator, streamed: bool, device: torch.device) -> Iterator:
+    """The same batches, made ahead in a thread where that does not take the CPU from the network."""
+    return prefetch(batches) if streamed or device.type == "cuda" else batches
+
+
 @torch.inference_mode()
 def run_inference(model: nn.Module, batches: Iterable, compute: Compute, clock: Clock) -> Iterator:
     """(image_ids, float32 outputs on the CPU) for each batch of (image_ids, pixels), in eval mode."""
@@ -181,18 +187,57 @@ def run_steps(
     criterion: Callable[[Any, torch.Tensor], torch.Tensor] = cross_entropy,
     set_rate: Callable[[torch.optim.Optimizer, float], None] | None = None,
 ) -> float:
-    """One pass towards ``targets[image_id]``; the mean loss. RunError on a loss that is not finite.
+    """One pass over batches of (image_ids, pixels) towards ``targets[image_id]``; else as ``run_batches``.
 
     ``criterion(outputs, labels)`` is a mean over the batch; ``set_rate(optimizer, epoch)`` replaces the config's schedule.
     """
+
+    def loss_of(image_ids: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        labels = targets[torch.from_numpy(image_ids)].to(compute.device)
+        with compute.autocast():
+            outputs = model(compute.place(pixels))
+        return criterion(outputs, labels)
+
     set_rate = set_rate or (lambda optimizer, now: set_learning_rate(optimizer, learning_rate(config, now)))
+    return run_batches(
+        model,
+        batches,
+        loss_of,
+        optimizer,
+        config,
+        compute,
+        epoch=epoch,
+        num_steps=num_steps,
+        clock=clock,
+        on_step=on_step,
+        set_rate=set_rate,
+    )
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[np.ndarray, Any]],
+    loss_of: Callable[[np.ndarray, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    compute: Compute,
+    *,
+    epoch: int,
+    num_steps: int,
+    clock: Clock,
+    on_step: Callable[[int], None],
+    set_rate: Callable[[torch.optim.Optimizer, float], None],
+) -> float:
+    """A step for each batch; the mean loss. RunError on a loss that is not finite.
+
+    A batch is (image_ids, images), both of which can be cut into slices; ``loss_of(image_ids, images)`` is a mean over them.
+    """
     model.train()
     total, window = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
     step = 0
-    for step, (image_ids, pixels) in enumerate(timed(batches, clock), start=1):
+    for step, batch in enumerate(timed(batches, clock), start=1):
         set_rate(optimizer, epoch + (step - 1) / num_steps)
-        labels = targets[torch.from_numpy(image_ids)].to(compute.device)
-        window += _one_step(model, pixels, labels, optimizer, config, compute, criterion)
+        window += _one_step(model, batch, loss_of, optimizer, config)
         if step % CHECK_EVERY == 0 or step == num_steps:
             _check_finite(window.item(), epoch, step)
             total, window = total + window, torch.zeros_like(window)
@@ -202,20 +247,19 @@ def run_steps(
     return total.item() / num_steps
 
 
-def _one_step(model, pixels, labels, optimizer, config: TrainConfig, compute: Compute, criterion) -> torch.Tensor:
+def _one_step(model, batch: tuple[np.ndarray, Any], loss_of, optimizer, config: TrainConfig) -> torch.Tensor:
     """Forward, backward over micro-batches, update. Gradients of ranks meet in the last micro-batch only."""
-    pieces = list(torch.arange(len(labels)).split(config.micro_batch or len(labels)))
-    loss_sum = torch.zeros((), device=compute.device)
+    image_ids, images = batch
+    size = config.micro_batch or len(image_ids)
+    loss_sum: torch.Tensor | float = 0.0
     optimizer.zero_grad(set_to_none=True)
-    for number, piece in enumerate(pieces, start=1):
-        whole = slice(None) if len(pieces) == 1 else piece.to(compute.device)
-        last = number == len(pieces) or not hasattr(model, "no_sync")
+    for start in range(0, len(image_ids), size):
+        piece = slice(start, start + size)
+        last = start + size >= len(image_ids) or not hasattr(model, "no_sync")
         with contextlib.nullcontext() if last else model.no_sync():
-            with compute.autocast():
-                outputs = model(compute.place(pixels[whole]))
-            loss = criterion(outputs, labels[whole]) * (len(piece) / len(labels))
+            loss = loss_of(image_ids[piece], images[piece]) * (len(image_ids[piece]) / len(image_ids))
             loss.backward()
-        loss_sum += loss.detach()
+        loss_sum = loss_sum + loss.detach()
     if config.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()

@@ -42,7 +42,7 @@ def fit(loop, config, **extras):
     """``loop`` on the workers of ``config``, with everything a pretraining loop is given."""
     run_dir, local = Folder(config.run_dir), config.num_workers == 0
     data, manifest = prepare.open_data(config, run_dir)
-    config = prepare.settle(config, run_dir, data, manifest)
+    config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     labels = Shared(prepare.read_labels(data, manifest), local=local)
     board, bank = Remote(launch.Board, local=local, num_cpus=0), deepcluster.make_bank(config, streams.sizes["train"], local)
@@ -139,7 +139,7 @@ def test_a_killed_worker_changes_nothing(two_workers, tmp_path, capsys):
     config = tiny(tmp_path, num_workers=2)
     run_dir = Folder(config.run_dir)
     data, manifest = prepare.open_data(config, run_dir)
-    config = prepare.settle(config, run_dir, data, manifest)
+    config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=True, local=False)
     extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), "marker": str(tmp_path / "marker")}
     board, bank = Remote(launch.Board, local=False, num_cpus=0), deepcluster.make_bank(config, 1437, False)

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this very copy, also in a job's unpacked working directory
 
 from raydc import commandline
-from raydc.benchmarks.options import Sweep
+from raydc.benchmarks.options import Sweep, trial_name
 from raydc.config import RunError
 from raydc.recipes import RECIPES
 
@@ -44,28 +44,17 @@ def _job(sweep: Sweep) -> None:
     print(table(sweep, results, failures))
     if not results:
         raise RunError(f"not one trial of {sweep.folder.uri} came through; --verbose shows Ray's log")
-    lr, head_factor = best(results)
-    trial = trial_options(sweep, lr, head_factor)
-    rows = semisup.to_rows(trial, candidate, data, ids, results[lr, head_factor])
+    point = best(results)
+    rows = semisup.to_rows(sweep.trial(*point), candidate, data, ids, results[point])
     rows = [scorecard.noted(row, f"best of {len(results)} settings on val, as published") for row in rows]
     scorecard.write(sweep.folder, rows)
     print(scorecard.tables(rows))
     print(sweep.folder.place(scorecard.SCORECARD))
 
 
-def grid(sweep: Sweep) -> list[tuple[float, float]]:
-    return [(lr, factor) for lr in sweep.lr for factor in sweep.head_factor]
-
-
-def trial_options(sweep: Sweep, lr: float, head_factor: float):
-    from raydc.benchmarks.semisup import trial_name
-
-    return sweep.trial(lr, head_factor, sweep.folder.place(f"trials/{trial_name(lr, head_factor)}"))
-
-
 def finished(sweep: Sweep) -> dict[tuple[float, float], dict]:
     """result.json of each point of the grid that has one."""
-    found = {point: trial_options(sweep, *point).folder for point in grid(sweep)}
+    found = {point: sweep.trial(*point).folder for point in sweep.grid}
     return {point: folder.read_json("result.json") for point, folder in found.items() if folder.exists("result.json")}
 
 
@@ -76,10 +65,8 @@ def best(results: dict[tuple[float, float], dict]) -> tuple[float, float]:
 
 def table(sweep: Sweep, results: dict, failures: dict[str, str]) -> str:
     """A line for each point of the grid."""
-    from raydc.benchmarks.semisup import trial_name
-
     lines = ["", f"{'trial':<18}{'Top-1':>8}{'Top-5':>8}"]
-    for point in grid(sweep):
+    for point in sweep.grid:
         name, result = trial_name(*point), results.get(point)
         mark = "  best" if results and point == best(results) else ""
         if result:
@@ -94,23 +81,20 @@ def table(sweep: Sweep, results: dict, failures: dict[str, str]) -> str:
 
 def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     """Train what has no result yet; {trial: why it has none} of those that failed or were stopped early."""
-    from raydc.benchmarks.semisup import trial_name
-
     done, stopped = finished(sweep), stopped_early(sweep)
-    todo = [point for point in grid(sweep) if point not in done and trial_name(*point) not in stopped]
+    todo = [point for point in sweep.grid if point not in done and trial_name(*point) not in stopped]
     if not todo:
         return stopped
     from raydc import launch
 
-    most = (sweep.num_workers + launch.SPARE_CPUS) if sweep.num_workers else 0
-    launch.attach(max(os.cpu_count() or 1, sweep.cpus_per_trial, most, launch.SPARE_CPUS), sweep.verbose)
+    launch.attach(max(os.cpu_count() or 1, sweep.cpus_per_trial, sweep.num_workers + launch.SPARE_CPUS), sweep.verbose)
     launch.check_resources(sweep.num_workers, sweep.folder)
 
     import ray
     from ray import tune
 
-    use_gpu = launch.choose_gpu(sweep.use_gpu, max(1, sweep.num_workers))
     need = max(1, sweep.num_workers)
+    use_gpu = launch.choose_gpu(sweep.use_gpu, need)
     cpus = int(ray.cluster_resources().get("CPU", 1))
     at_once = (cpus - launch.SPARE_CPUS) // need if sweep.num_workers else cpus // sweep.cpus_per_trial
     if use_gpu:
@@ -144,11 +128,12 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     )
     results = tuner.fit()
     sweep.folder.delete_folder("ray")
-    reasons = {name_of(result.config): why(result) for result in results}
-    left = {trial_name(*point) for point in grid(sweep) if point not in finished(sweep)}
-    stopped |= {name: reasons[name] for name in left & set(reasons) if reasons[name].startswith("stopped")}
-    sweep.folder.write_json(STOPPED, stopped)
-    return reasons | stopped
+    done = finished(sweep)
+    left = {name_of(result.config): result for result in results if tuple(result.config["point"]) not in done}
+    stopped |= {name: why(result) for name, result in left.items() if result.error is None}
+    if stopped:
+        sweep.folder.write_json(STOPPED, stopped)
+    return {name: why(result) for name, result in left.items()} | stopped
 
 
 def stopped_early(sweep: Sweep) -> dict[str, str]:
@@ -157,8 +142,6 @@ def stopped_early(sweep: Sweep) -> dict[str, str]:
 
 
 def name_of(config: dict) -> str:
-    from raydc.benchmarks.semisup import trial_name
-
     return trial_name(*config["point"])
 
 
@@ -173,7 +156,9 @@ def why(result) -> str:
 def scheduler(sweep: Sweep):
     from ray.tune.schedulers import ASHAScheduler
 
-    epochs = sweep.epochs or 20
+    from raydc.benchmarks import semisup
+
+    epochs = sweep.epochs or semisup.SCHEDULE.epochs
     return ASHAScheduler(time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 4))
 
 
@@ -184,7 +169,7 @@ def shared_images(sweep: Sweep, candidate, data, ids):
     from raydc.benchmarks import semisup
     from raydc.config import UsageError
 
-    one = replace(trial_options(sweep, *grid(sweep)[0]), num_workers=max(1, sweep.num_workers))
+    one = replace(sweep.trial(*sweep.grid[0]), num_workers=max(1, sweep.num_workers))
     job = semisup.prepare(one, candidate, data, ids)
     if job.streams.cached is None and sweep.num_workers == 0:
         raise UsageError("these images do not fit into memory and are streamed; give --num-workers 1 or more for each trial")
@@ -199,7 +184,7 @@ def train_point(config: dict, sweep: Sweep, parts: tuple, streams, use_gpu: bool
     from raydc.benchmarks import semisup, setting
 
     candidate, data, ids = (part.get() for part in parts)
-    options = trial_options(sweep, *config["point"])
+    options = sweep.trial(*config["point"])
     setting.claim(options, semisup.facts(candidate, data, ids), others=("threads",))
     job = semisup.prepare(options, candidate, data, ids, streams)
     epochs = job.config.train.epochs  # its figures are told when result.json is written
@@ -231,9 +216,12 @@ def progress_callback():
 
     class Progress(tune.Callback):
         def on_trial_result(self, iteration, trials, trial, result, **info):
-            done = sum(one.status == "TERMINATED" for one in trials)
             figures = f"epoch {result['epoch']:>3}  Top-1 {result['top1']:.2f}  Top-5 {result['top5']:.2f}"
-            print(f"{name_of(trial.config):<18}{figures}   ({done} of {len(trials)} trials done)", flush=True)
+            print(f"{name_of(trial.config):<18}{figures}", flush=True)
+
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            ended = sum(one.is_finished() for one in trials)
+            print(f"{name_of(trial.config):<18}ended; {ended} of {len(trials)} trials have", flush=True)
 
         def on_trial_error(self, iteration, trials, trial, **info):
             print(f"{name_of(trial.config):<18}failed; the others go on", flush=True)

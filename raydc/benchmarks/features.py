@@ -47,6 +47,7 @@ BATCH = 64  # images through the network at once
 ADAPT_IMAGES = 1024  # for BatchNorm statistics of fresh weights
 INDEX = "index.json"
 Taps = Literal["avgpool", "layers"]
+Block = tuple[str, np.ndarray]  # the name of a file, and the image_ids in it
 
 
 def pool(maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -108,25 +109,25 @@ def image_files(folder: Folder, name: str, paths: list[str]) -> ImageSet:
 class Extractor:
     """What runs on a worker: a table of (image_id, image or path) -> its features in a file of ``cache``."""
 
-    def __init__(self, candidate: launch.Shared, images: ImageSet, seen: View, taps: Taps, cache: Folder, train, gpu: bool):
-        device = torch.device("cuda" if gpu else "cpu")
-        self.compute, threads = training.open_compute(train, device, 1, deterministic=False)
+    def __init__(self, candidate: launch.Shared, images: ImageSet, seen: View, taps: Taps, cache: Folder, train, device, of):
+        """``of``: how many there are; on a cluster of several nodes a node may have fewer, and CPUs to spare."""
+        self.compute, threads = training.open_compute(train, device, of, deterministic=False)
         self.network = self.compute.prepare(Tapped(candidate.get(), taps))
         self.images = images
         self.reader, self.cache = Reader(images.folder, seen, threads), cache
 
-    def blocks(self, piece: str | pa.Table) -> list[pa.Table]:
-        """For each table of a piece, which images are in which file."""
+    def blocks(self, piece: str | pa.Table) -> list[Block]:
+        """The files of a piece, each with the image_ids it holds."""
         return [self(table) for table in _tables(self.images, piece)]
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Block:
         ids = table["image_id"].to_numpy()
         pixels = (self.reader(table.slice(start, BATCH)) for start in range(0, len(table), BATCH))
         batches = [self._features(batch) for batch in training.prefetch(pixels)]
         arrays = {tap: np.concatenate([batch[tap] for batch in batches]) for tap in batches[0]}
         name = f"block-{uuid.uuid4().hex}.safetensors"
         self.cache.write(name, safetensors.numpy.save(arrays | {"image_id": ids}))
-        return pa.table({"image_id": ids, "file": [name] * len(ids)})
+        return name, ids
 
     @torch.inference_mode()
     def _features(self, pixels: torch.Tensor) -> dict[str, np.ndarray]:
@@ -141,7 +142,7 @@ class ExtractorActor:
     def __init__(self) -> None:
         self.extractor: Extractor | None = None
 
-    def blocks(self, arguments: tuple, piece: str | pa.Table) -> list[pa.Table]:
+    def blocks(self, arguments: tuple, piece: str | pa.Table) -> list[Block]:
         self.extractor = self.extractor or Extractor(*arguments)
         return self.extractor.blocks(piece)
 
@@ -196,18 +197,19 @@ def view(candidate: Candidate, squash: bool = False) -> View:
 
 def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps, *, squash: bool = False) -> Extraction:
     """The features of ``images``, from the cache where they are there."""
-    seen, train = view(candidate, squash), compute_config(setting)
+    gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
+    seen, train = view(candidate, squash), compute_config(setting, gpu)
     facts = [candidate.fingerprint, images.fingerprint, taps, asdict(seen), train.precision]
     cache = setting.features_folder.child(_key(facts))
     if cache.exists(INDEX):
         print(f"features of {images.rows:,} {images.name} images: {cache.uri} has them", flush=True)
         return Extraction(cache, cache.read_json(INDEX), from_cache=True)
     began = time.perf_counter()
-    gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
     shared = launch.Shared(candidate, local=setting.num_workers == 0)
-    arguments = (shared, images, seen, taps, cache, train, gpu)
-    run = _extract_here if setting.num_workers == 0 else _extract_on_ray
-    files = _coverage(run(setting, images, arguments), images)
+    device = torch.device("cuda" if gpu else "cpu")
+    arguments = (shared, images, seen, taps, cache, train, device, max(1, setting.num_workers))
+    blocks = _extract_on_ray(setting, images, gpu, arguments) if setting.num_workers else _extract_here(images, arguments)
+    files = _coverage(blocks, images)
     index = {"facts": facts, "rows": images.rows, "files": files, "backbone": candidate.name, "images": images.name}
     cache.write_json(INDEX, index)
     for left in set(cache.names()) - {INDEX, *files}:  # by a kill, or a block that was done twice
@@ -223,12 +225,10 @@ def _key(facts: list) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
-def compute_config(setting: Setting) -> TrainConfig:
+def compute_config(setting: Setting, gpu: bool) -> TrainConfig:
     """How frozen networks are run: as in training, with the same precision."""
-    device = "cuda" if launch.choose_gpu(setting.use_gpu, setting.num_workers) else "cpu"
-    threads = setting.threads or max(1, (os.cpu_count() or 1) // max(1, setting.num_workers))
-    precision = training.choose_precision("auto", device)
-    return TrainConfig(precision=precision, channels_last="yes", threads=threads)
+    precision = training.choose_precision("auto", "cuda" if gpu else "cpu")
+    return TrainConfig(precision=precision, channels_last="yes", threads=setting.threads)
 
 
 def _pieces(images: ImageSet, block: int = BLOCK) -> Iterator[str | pa.Table]:
@@ -248,26 +248,26 @@ def _tables(images: ImageSet, piece: str | pa.Table) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch])
 
 
-def _extract_here(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
+def _extract_here(images: ImageSet, arguments: tuple) -> Iterator[Block]:
     extractor = Extractor(*arguments)
     for piece in _pieces(images):
         yield from extractor.blocks(piece)
 
 
-def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Iterator[pa.Table]:
+def _extract_on_ray(setting: Setting, images: ImageSet, gpu: bool, arguments: tuple) -> Iterator[Block]:
     """The same on actors; one that dies is made again, and its piece with it."""
     import ray
     from ray.util import ActorPool
 
     actor = ray.remote(ExtractorActor).options(
-        num_cpus=1, num_gpus=1 if arguments[-1] else 0, max_restarts=setting.max_failures, max_task_retries=-1
+        num_cpus=1, num_gpus=int(gpu), max_restarts=setting.max_failures, max_task_retries=-1
     )
     actors = [actor.remote() for _ in range(setting.num_workers)]
     block = max(BATCH, min(BLOCK, -(-images.rows // (4 * setting.num_workers))))
     try:
         pool = ActorPool(actors)
-        for tables in pool.map_unordered(lambda one, piece: one.blocks.remote(arguments, piece), _pieces(images, block)):
-            yield from tables
+        for blocks in pool.map_unordered(lambda one, piece: one.blocks.remote(arguments, piece), _pieces(images, block)):
+            yield from blocks
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
@@ -277,18 +277,17 @@ def _extract_on_ray(setting: Setting, images: ImageSet, arguments: tuple) -> Ite
             ray.kill(one)
 
 
-def _coverage(tables: Iterator[pa.Table], images: ImageSet) -> list[str]:
+def _coverage(blocks: Iterator[Block], images: ImageSet) -> list[str]:
     """The files that together hold each image once; RunError where some image is in none."""
     owner = np.full(images.rows, -1, np.int64)
-    files: dict[str, int] = {}
-    for table in tables:
-        for file in table["file"].unique().to_pylist():
-            files[file] = len(files)
-        owner[table["image_id"].to_numpy()] = [files[file] for file in table["file"].to_pylist()]
+    files: list[str] = []
+    for file, ids in blocks:
+        owner[ids] = len(files)
+        files.append(file)
     if (owner < 0).any():
         raise RunError(f"{int((owner < 0).sum())} of {images.rows:,} {images.name} images were not extracted; run it again")
     used = set(owner.tolist())
-    return [file for file, number in files.items() if number in used]
+    return [file for number, file in enumerate(files) if number in used]
 
 
 @dataclass(frozen=True, eq=False)

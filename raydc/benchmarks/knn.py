@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from raydc.benchmarks import scorecard
-from raydc.benchmarks.features import extract, shard_split, variants
+from raydc.benchmarks.features import extract, variants
 from raydc.benchmarks.learner import LabelledShards, open_shards
 from raydc.benchmarks.options import Knn
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 from raydc.clustering.neighbours import nearest
 from raydc.config import UsageError
 
@@ -47,11 +46,12 @@ def run(options: Knn, candidate: Candidate) -> list[Row]:
     num_train = int((data.labels["train"] >= 0).sum())
     if max(options.neighbours) > num_train:
         raise UsageError(f"neighbours {max(options.neighbours)} is above the {num_train} labelled training images; lower it")
-    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
-    if done := scorecard.read(options.folder):
-        return done
-    attach(options)
-    found = {v.statistics: _measure(options, v, data) for v in variants(options, candidate, _split(data, "train"))}
+    facts = {"backbone": candidate.fingerprint, "data": data.fingerprint}
+    return once(options, facts, lambda: _rows(options, candidate, data))
+
+
+def _rows(options: Knn, candidate: Candidate, data: LabelledShards) -> list[Row]:
+    found = {v.statistics: _measure(options, v, data) for v in variants(options, candidate, data.images("train"))}
     full = data.has(OFFICIAL["imagenet"]) and candidate.size == OFFICIAL_SIZE and options.temperature == TEMPERATURE
     rows = []
     for column in (f"k={k}" for k in options.neighbours):
@@ -67,14 +67,9 @@ def run(options: Knn, candidate: Candidate) -> list[Row]:
                 notes=notes(candidate, statistics, f"temperature {options.temperature:g}"),
             )
         )
-    scorecard.write(options.folder, rows)
     return rows
 
 
-def _split(data: LabelledShards, split: str):
-    return shard_split(data.folder, data.manifest, split)
-
-
 def _measure(options: Knn, candidate: Candidate, data: LabelledShards) -> dict[str, float]:
-    train, val = (extract(options, candidate, _split(data, split), "avgpool") for split in ("train", "val"))
+    train, val = (extract(options, candidate, data.images(split), "avgpool") for split in ("train", "val"))
     return accuracies(train.load("avgpool"), data.labels["train"], val.load("avgpool"), data.labels["val"], options)

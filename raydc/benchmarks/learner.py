@@ -6,7 +6,6 @@ a commit after each epoch. All runs of a benchmark go on from their last commit.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raydc import checkpoint, launch, training
+from raydc.benchmarks.features import ImageSet, shard_split
 from raydc.benchmarks.options import Setting
 from raydc.checkpoint import TrainState
 from raydc.clustering.sampling import SamplingPlan, plain_plan
@@ -46,12 +45,15 @@ class LabelledShards:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    def images(self, split: str) -> ImageSet:
+        """A split, to extract features from."""
+        return shard_split(self.folder, self.manifest, split)
+
     def describe(self, num_train: int | None = None) -> str:
         """The data in words, for a row of the scorecard."""
-        name = self.folder.uri.rstrip("/").rpartition("/")[2]
         train, val = (self.manifest.splits[split].rows for split in ("train", "val"))
         used = f"{train:,}" if num_train in (None, train) else f"{num_train:,} of {train:,}"
-        return f"{name}: {used} train, {val:,} val images, {self.num_classes:,} classes"
+        return f"{self.folder.name}: {used} train, {val:,} val images, {self.num_classes:,} classes"
 
     def has(self, expected: dict[str, int]) -> bool:
         """Whether the splits have the official sizes."""
@@ -97,24 +99,9 @@ def open_job(
 ) -> Job:
     """Everything a worker needs; Ray is attached already. ``ids``: the images of train that are used (all labelled ones)."""
     local = setting.num_workers == 0
-    use_gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
-    precision = training.choose_precision("auto", "cuda" if use_gpu else "cpu")
-    train = replace(train, precision=precision, channels_last="yes", threads=setting.threads)
     ids = np.flatnonzero(data.labels["train"] >= 0) if ids is None else ids
     share = len(ids) / len(data.labels["train"])
-    config = Config(
-        recipe="benchmark",
-        seed=setting.seed,
-        data=data.folder.uri,
-        run_dir=run_dir.uri,
-        num_workers=setting.num_workers,
-        use_gpu="yes" if use_gpu else "no",
-        deterministic=setting.deterministic,
-        verbose=setting.verbose,
-        model=model,
-        images=images,
-        train=train,
-    )
+    config = job_config(setting, run_dir, data.folder.uri, model=model, images=images, train=train)
     if streams is None:
         cached = stream.choose_cache(config, data.folder, data.manifest, {"train": share, "val": 1.0})
         if not cached and not local and stream.choose_cache(config, data.folder, data.manifest, {"train": share}):
@@ -132,6 +119,27 @@ def open_job(
     return Job(config, run_dir, board, streams, None, extras, time.time())
 
 
+def job_config(
+    setting: Setting, run_dir: Folder, data: str, *, model: ModelConfig, images: ImagesConfig, train: TrainConfig
+) -> Config:
+    """What workers are told, with the choices that this machine makes."""
+    use_gpu = launch.choose_gpu(setting.use_gpu, setting.num_workers)
+    precision = training.choose_precision("auto", "cuda" if use_gpu else "cpu")
+    return Config(
+        recipe="benchmark",
+        seed=setting.seed,
+        data=data,
+        run_dir=run_dir.uri,
+        num_workers=setting.num_workers,
+        use_gpu="yes" if use_gpu else "no",
+        deterministic=setting.deterministic,
+        verbose=setting.verbose,
+        model=model,
+        images=images,
+        train=replace(train, precision=precision, channels_last="yes", threads=setting.threads),
+    )
+
+
 def fit(loop: Callable[[Job], dict | None], job: Job, setting: Setting, callbacks=()) -> dict:
     """Run ``loop`` on the workers; what rank 0 returns."""
     return launch.fit(
@@ -147,39 +155,86 @@ def fit(loop: Callable[[Job], dict | None], job: Job, setting: Setting, callback
 # --- worker side --------------------------------------------------------------------------------------------------------
 
 
-class Learner:
-    """Model, optimizer, images and journal of one worker. ``kept``: the part of the model that commits hold."""
+class Session:
+    """Model, optimizer, journal and commits of one worker of a benchmark that trains."""
 
     def __init__(self, job: Job, worker: Worker | None = None) -> None:
         self.config: Config = job.config
         self.folder = job.run_dir
         self.worker = worker or Worker.here(job.board, self.config.use_gpu == "yes")
-        self.compute, threads = training.open_compute(
+        self.compute, self.threads = training.open_compute(
             self.config.train, self.worker.device, self.worker.local_world_size, deterministic=self.config.deterministic
         )
-        self.images = job.streams.open(self.worker, threads)
-        self.streamed = bool(job.streams.datasets)
-        self.labels: dict[str, np.ndarray] = job.extras["labels"].get()
-        self.ids: np.ndarray = job.extras["ids"].get()
         self.journal = Journal(self.folder) if self.worker.is_first else None
 
     def hold(self, model: nn.Module, kept: nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer]) -> None:
-        """Take the model to the device and to the last commit; wrap it for several workers."""
+        """Take the model to the device and to the last commit; wrap it for several workers.
+
+        ``kept``: the part of the model that learns and that commits hold.
+        """
         self.model = self.compute.prepare(model)
-        self.kept = kept
         self.state = TrainState(kept, make_optimizer())
         checkpoint.load_state(self.folder, self.state)
         if self.state.epoch:
-            self.worker.say(f"going on in epoch {self.state.epoch}")
+            self.worker.say(f"going on in {self.place(self.state.epoch)}")
         if self.journal is not None:
             self.journal.rewind(self.state.epoch, keep=())
-        self.trained = self._wrapped()
+        self.trained = self.worker.wrap(self.model)
 
-    def _wrapped(self) -> nn.Module:
+    def place(self, epoch: int) -> str:
+        """What a person calls it."""
+        return f"epoch {epoch}/{self.config.train.epochs}"
+
+    def ended(self, epoch: int, clock: Clock, loss: float) -> None:
+        """All ranks' statistics are one again, and the journal has a line on the epoch."""
+        equalise_statistics(self.state.model)
+        loss = self.worker.mean(loss)
+        self.log(epoch, "train", **clock.summary(self.worker.sum(clock.images)), loss=round(loss, 4))
+
+    def log(self, epoch: int, phase: str, **values) -> None:
+        """A line in metrics.jsonl and on the console."""
+        if not self.worker.is_first:
+            return
+        line = self.journal.add(epoch, phase, **values)
+        if phase == "train":
+            said = f"{line['seconds']:>7.1f} s  {line['images_per_s']:>8,.1f} img/s  loss {line['loss']:.3f}"
+        else:
+            said = "  ".join(
+                f"{key.removesuffix(' top1')} {value:.2f}" for key, value in values.items() if self.is_figure(key)
+            )
+        self.worker.say(f"{self.place(epoch + 1)}  {phase:<8} {said}")
+
+    def is_figure(self, key: str) -> bool:
+        """Whether a value of a look at val is said."""
+        return key.endswith("top1")
+
+    def commit(self, epoch: int, metrics: dict) -> None:
+        """Model and optimizer after ``epoch``, and a barrier for all workers."""
+        if self.worker.is_first:
+            checkpoint.check_finite(self.state.model, epoch)
+            checkpoint.save_state(self.folder, self.state, epoch)
+        self.worker.report({"epoch": epoch + 1} | metrics)
+
+    def synchronised(self, model: nn.Module) -> tuple[nn.Module, str]:
+        """SyncBN where it exists (CUDA, several workers), and a sentence that says which it is."""
+        if not batchnorms(model):
+            return model, ""
         if self.worker.world_size == 1:
-            return self.model
-        on = [self.worker.device] if self.worker.device.type == "cuda" else None
-        return DistributedDataParallel(self.model, device_ids=on, broadcast_buffers=False)
+            return model, "BatchNorm over the whole batch (one worker)"
+        if self.worker.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model), f"SyncBN over {self.worker.world_size} workers"
+        return model, f"BatchNorm of each of {self.worker.world_size} CPU workers, not SyncBN"
+
+
+class Learner(Session):
+    """A session on labelled images: an epoch shows each once, and val is looked at as a whole."""
+
+    def __init__(self, job: Job, worker: Worker | None = None) -> None:
+        super().__init__(job, worker)
+        self.images = job.streams.open(self.worker, self.threads)
+        self.streamed = bool(job.streams.datasets)
+        self.labels: dict[str, np.ndarray] = job.extras["labels"].get()
+        self.ids: np.ndarray = job.extras["ids"].get()
 
     @property
     def num_steps(self) -> int:
@@ -198,13 +253,13 @@ class Learner:
         change: Callable[[Iterator, int], Iterator] | None = None,
         criterion=training.cross_entropy,
         set_rate=None,
-    ) -> float:
-        """One epoch; ``change(batches, seed)`` alters what the network is given. The mean loss."""
+    ) -> None:
+        """One epoch; ``change(batches, seed)`` alters what the network is given."""
         seed, size = derive(self.config.seed, "crops", epoch), self.config.train.batch_size
         batches = self.images.train(self.plan(epoch), seed, size)
         batches = change(batches, seed) if change else batches
-        clock = Clock(time.perf_counter())
-        what = f"epoch {epoch}/{self.config.train.epochs}"
+        clock = Clock()
+        what = self.place(epoch)
         total = self.config.train.epochs * self.num_steps * size
         loss = training.run_steps(
             self.trained,
@@ -220,19 +275,16 @@ class Learner:
             criterion=criterion,
             set_rate=set_rate,
         )
-        equalise_statistics(self.kept)
-        loss = self.worker.sum(loss) / self.worker.world_size
-        self.log(epoch, "train", **clock.summary(self.worker.sum(clock.images)), loss=round(loss, 4))
-        return loss
+        self.ended(epoch, clock, loss)
 
     def _prefetched(self, batches: Iterator) -> Iterator:
-        return training.prefetch(batches) if self.streamed or self.worker.device.type == "cuda" else batches
+        return training.prefetched(batches, self.streamed, self.worker.device)
 
     @torch.inference_mode()
     def evaluate(self, epoch: int, names: tuple[str, ...] = ("",)) -> dict[str, dict[str, float]]:
         """Top-1 and top-5 of the val split in percent, for each named output of the model ("" where it has one)."""
         self.model.eval()
-        clock, correct, seen = Clock(time.perf_counter()), {}, 0
+        clock, correct, seen = Clock(), {}, 0
         for ids, pixels in self._prefetched(self.images.extract("val")):
             labels = torch.from_numpy(self.labels["val"][ids]).long()
             known = labels >= 0
@@ -254,34 +306,6 @@ class Learner:
         self.log(epoch, "evaluate", seconds=round(clock.seconds, 3), num_images=round(seen), **flat)
         return found
 
-    def log(self, epoch: int, phase: str, **values) -> None:
-        """A line in metrics.jsonl and on the console."""
-        if not self.worker.is_first:
-            return
-        line = self.journal.add(epoch, phase, **values)
-        if phase == "train":
-            said = f"{line['seconds']:>7.1f} s  {line['images_per_s']:>8,.0f} img/s  loss {line['loss']:.3f}"
-        else:
-            said = "  ".join(f"{key.replace(' top1', '')} {value:.2f}" for key, value in values.items() if "top1" in key)
-        self.worker.say(f"epoch {epoch + 1:>3}/{self.config.train.epochs}  {phase:<8} {said}")
-
-    def commit(self, epoch: int, metrics: dict) -> None:
-        """Model and optimizer after ``epoch``, and a barrier for all workers."""
-        if self.worker.is_first:
-            checkpoint.check_finite(self.kept, epoch)
-            checkpoint.save_state(self.folder, self.state, epoch)
-        self.worker.report({"epoch": epoch + 1} | metrics)
-
-    def synchronised(self, model: nn.Module) -> tuple[nn.Module, str]:
-        """SyncBN where it exists (CUDA, several workers), and a sentence that says which it is."""
-        if not batchnorms(model):
-            return model, ""
-        if self.worker.world_size == 1:
-            return model, "BatchNorm over the whole batch (one worker)"
-        if self.worker.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model), f"SyncBN over {self.worker.world_size} workers"
-        return model, f"BatchNorm of each of {self.worker.world_size} CPU workers, not SyncBN"
-
 
 def top_hits(scores: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """How many labels are the best score, and among the five best."""
@@ -294,4 +318,4 @@ def scaled(train: TrainConfig, epochs: int) -> TrainConfig:
     if not epochs:
         return train
     milestones = tuple(milestone * epochs / train.epochs for milestone in train.milestones)
-    return dataclasses.replace(train, epochs=epochs, milestones=milestones)
+    return replace(train, epochs=epochs, milestones=milestones)

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydc.benchmarks import scorecard
-from raydc.benchmarks.features import GRIDS, extract, pool, shard_split, variants
+from raydc.benchmarks.features import GRIDS, extract, pool, variants
 from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
 from raydc.benchmarks.options import AVGPOOL, Linear
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 from raydc.config import ImagesConfig, TrainConfig
 from raydc.data import transforms
 from raydc.launch import Job, Shared
@@ -144,7 +143,7 @@ def summed_cross_entropy(outputs: dict[str, torch.Tensor], labels: torch.Tensor)
 
 
 def loop(job: Job) -> dict | None:
-    """Train all heads; {head: figure}, the worker's note on BatchNorm."""
+    """Train all heads; rank 0 returns {"figures": {head: figure}, "note": on BatchNorm}."""
     learner = Learner(job)
     options: Linear = job.extras["options"]
     preset, candidate = job.extras["preset"], job.extras["candidate"].get()
@@ -220,18 +219,15 @@ def run(options: Linear, candidate: Candidate) -> list[Row]:
         layers=replace(scaled(published.layers, options.epochs), **size),
         avgpool=replace(scaled(published.avgpool, options.epochs), **size),
     )
-    claim(options, {"backbone": candidate.fingerprint, "data": data.fingerprint})
-    if done := scorecard.read(options.folder):
-        return done
-    attach(options)
-    found = variants(options, candidate, shard_split(data.folder, data.manifest, "train"))
-    if options.augment:
+
+    def measure() -> list[Row]:
+        found = variants(options, candidate, data.images("train"))
+        if not options.augment:
+            return [_without_augmentation(options, candidate, data, found)]
         results = {variant.statistics: _measure(options, preset, variant, data) for variant in found}
-        rows = _rows(options, published, candidate, data, results)
-    else:
-        rows = [_without_augmentation(options, candidate, data, found)]
-    scorecard.write(options.folder, rows)
-    return rows
+        return _rows(options, published, candidate, data, results)
+
+    return once(options, {"backbone": candidate.fingerprint, "data": data.fingerprint}, measure)
 
 
 def _measure(options: Linear, preset: Preset, candidate: Candidate, data: LabelledShards) -> dict:
@@ -283,10 +279,7 @@ def _without_augmentation(options: Linear, candidate: Candidate, data: LabelledS
     """Logistic regression on the features that kNN uses too."""
     tops = {}
     for variant in found:
-        split = {
-            name: extract(options, variant, shard_split(data.folder, data.manifest, name), "avgpool").load("avgpool")
-            for name in ("train", "val")
-        }
+        split = {name: extract(options, variant, data.images(name), "avgpool").load("avgpool") for name in ("train", "val")}
         known = {name: data.labels[name] >= 0 for name in split}
         pairs = [part[known[name]] for name in split for part in (split[name], data.labels[name])]
         tops[variant.statistics] = 100 * linear_top1(*pairs)

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
-from raydc.config import UsageError
+from raydc.config import check
 from raydc.storage import Folder
 
-LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
+Layer = Literal["feature1", "feature2", "feature3", "feature4", "feature5"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
 AVGPOOL = "AvgPool"
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
-
-
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """The options of every benchmark."""
+class Common:
+    """The options of every benchmark, and of all together."""
 
     backbone: str
     """RUN (a run directory), FILE (with --arch, unless raydc wrote it), random:RUN, random:FILE or random:ARCH."""
-    data: str
-    """What is measured on; the table in README.md says what each benchmark reads."""
     run_dir: str
-    """Where scorecard.json and everything else of this benchmark go: a local path, s3:// or gs://."""
+    """Where scorecard.json and everything else go: a local path, s3:// or gs://."""
     arch: str = ""
     """Network of a FILE from elsewhere: resnet18, resnet34, resnet50."""
     features: str = ""
-    """Folder of extracted features, shared by benchmarks. Default: features, beside the run directory."""
+    """Folder of extracted features, shared by benchmarks. Default: features, beside the run directory (of all: inside)."""
     size: int = 0
     """Side of the images the backbone is given, in pixels; 0: what it was trained with."""
     seed: int = 0
@@ -38,12 +33,9 @@ class Setting:
     num_workers: int = 1
     """Processes that train or extract; 0 does all in this one, without Ray, for debugging."""
     threads: int = 0
-    """CPU threads of a worker; 0: the node's CPUs shared by its workers."""
+    """CPU threads of a worker; 0: the node's CPUs shared by its workers. On a busy machine 1 is far faster."""
     use_gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each worker takes a GPU; auto: if there are enough."""
-    deterministic: bool = False
-    """Two runs agree bit for bit on a GPU too (cuDNN deterministic, no autotuning); on CPUs they do, where the images fit
-    into memory."""
     max_failures: int = 3
     """Times it starts again after a worker died."""
     verbose: bool = False
@@ -51,18 +43,37 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("seed", "num_workers", "threads", "max_failures", "size"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; give 0 or more")
+            self._at_least(name, 0)
+
+    def _at_least(self, name: str, least: int) -> None:
+        check(getattr(self, name) >= least, f"{name} is {getattr(self, name)}; give {least} or more")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; give a positive number")
+
+    def _whole_batches(self) -> None:
+        size, workers = self.batch_size, self.num_workers
+        check(size % max(1, workers) == 0, f"batch_size {size} is not a multiple of num_workers {workers}; change one")
 
     @property
     def folder(self) -> Folder:
         return Folder(self.run_dir)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Common):
+    """The options of every single benchmark."""
+
+    data: str
+    """What is measured on; the table in README.md says what each benchmark reads."""
+    deterministic: bool = False
+    """Two runs agree bit for bit on a GPU too (cuDNN deterministic, no autotuning); on CPUs they do, where the images fit
+    into memory."""
+
     @property
     def features_folder(self) -> Folder:
-        if self.features:
-            return Folder(self.features)
-        return self.folder.sibling("features")
+        return Folder(self.features) if self.features else self.folder.sibling("features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +96,9 @@ class Linear(Setting):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("epochs", 0), ("batch_size", 1), ("eval_every", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}; give {least} or more")
-        if not self.heads:
-            raise UsageError(f"heads is empty; give some of {', '.join((*LAYERS, AVGPOOL))}")
-        if self.batch_size % max(1, self.num_workers):
-            raise UsageError(f"batch_size {self.batch_size} is not a multiple of num_workers {self.num_workers}; change one")
+            self._at_least(name, least)
+        check(bool(self.heads), f"heads is empty; give some of {', '.join((*LAYERS, AVGPOOL))}")
+        self._whole_batches()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,29 +112,29 @@ class Knn(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.neighbours or min(self.neighbours) < 1:
-            raise UsageError(f"neighbours is {self.neighbours}; give numbers of 1 or more")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; give a positive number")
+        check(
+            bool(self.neighbours) and min(self.neighbours) > 0, f"neighbours is {self.neighbours}; give numbers of 1 or more"
+        )
+        self._positive("temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Svm(Setting):
     """Linear SVMs on feature1..feature5 with all labels of VOC07. --data: a VOC2007 folder."""
 
-    layers: tuple[Literal["feature1", "feature2", "feature3", "feature4", "feature5"], ...] = LAYERS
+    layers: tuple[Layer, ...] = LAYERS
     """The layers that are measured; the best one is named."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(bool(self.layers), f"layers is empty; give some of {', '.join(LAYERS)}")
+        check(bool(self.layers), f"layers is empty; give some of {', '.join(LAYERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowshot(Setting):
     """Linear SVMs with k positives a class of VOC07. --data: a VOC2007 folder."""
 
-    layer: Literal["feature1", "feature2", "feature3", "feature4", "feature5"] = "feature5"
+    layer: Layer = "feature5"
     """The layer that is measured; the page takes the best one of svm."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 96)
     """Positives of a class; each with 19 times as many negatives."""
@@ -135,8 +143,8 @@ class Lowshot(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(bool(self.shots) and min(self.shots) > 0, f"shots is {self.shots}; give numbers of 1 or more")
-        _check(self.num_samples > 0, f"num_samples is {self.num_samples}; give 1 or more")
+        check(bool(self.shots) and min(self.shots) > 0, f"shots is {self.shots}; give numbers of 1 or more")
+        self._at_least("num_samples", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +170,17 @@ class Semisup(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.list and not 0 < self.fraction <= 1:
-            raise UsageError(f"fraction is {self.fraction}; give a share above 0 and at most 1")
-        for name in ("lr", "head_factor", "batch_size", "eval_every"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; give a positive number")
-        if self.epochs < 0:
-            raise UsageError(f"epochs is {self.epochs}; give 0 or more")
-        if self.batch_size % max(1, self.num_workers):
-            raise UsageError(f"batch_size {self.batch_size} is not a multiple of num_workers {self.num_workers}; change one")
+        good = bool(self.list) or 0 < self.fraction <= 1
+        check(good, f"fraction is {self.fraction}; give a share above 0 and at most 1")
+        self._positive("lr", "head_factor", "batch_size", "eval_every")
+        self._at_least("epochs", 0)
+        self._whole_batches()
+
+
+def trial_name(lr: float, head_factor: float) -> str:
+    """As the page names its nine files: lr1e-2_head10."""
+    exponent = math.floor(math.log10(lr))
+    return f"lr{lr / 10**exponent:.10g}e{exponent}_head{head_factor:.10g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +203,20 @@ class Sweep(Semisup):
     def __post_init__(self) -> None:
         for name in ("lr", "head_factor"):
             values = getattr(self, name)
-            _check(bool(values) and min(values) > 0, f"{name} is {values}; give positive numbers")
-            _check(len(set(values)) == len(values), f"{name} is {values}; give each number once")
-        _check(self.cpus_per_trial > 0, f"cpus_per_trial is {self.cpus_per_trial}; give 1 or more")
-        _check(self.max_concurrent >= 0, f"max_concurrent is {self.max_concurrent}; give 0 or more")
-        self.trial(self.lr[0], self.head_factor[0], self.run_dir)  # what every trial checks
+            check(bool(values) and min(values) > 0, f"{name} is {values}; give positive numbers")
+            check(len(set(values)) == len(values), f"{name} is {values}; give each number once")
+        self._at_least("cpus_per_trial", 1)
+        self._at_least("max_concurrent", 0)
+        self.trial(*self.grid[0])  # what every trial checks
 
-    def trial(self, lr: float, head_factor: float, run_dir: str) -> Semisup:
-        """The options of one point of the grid."""
+    @property
+    def grid(self) -> list[tuple[float, float]]:
+        """Every pair of a rate and a head factor."""
+        return [(lr, factor) for lr in self.lr for factor in self.head_factor]
+
+    def trial(self, lr: float, head_factor: float) -> Semisup:
+        """The options of one point of the grid; it has a run directory of its own."""
+        run_dir = self.folder.place(f"trials/{trial_name(lr, head_factor)}")
         given = {field.name: getattr(self, field.name) for field in fields(Semisup)}
         threads = self.threads or (self.cpus_per_trial if self.num_workers == 0 else 0)
         more = {"eval_every": 1} if self.num_workers or self.asha else {}  # Tune hears of every epoch
@@ -208,17 +224,58 @@ class Sweep(Semisup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class All:
+class Dense(Setting):
+    """What detection and segmentation have in common: training by iterations, in rounds with a commit after each."""
+
+    iterations: int = 0
+    """Iterations of training, with warmup and steps in proportion; 0: the preset's."""
+    batch_size: int = 0
+    """Images in an iteration, over all workers; 0: the preset's."""
+    micro_batch: int = 0
+    """Images a worker sends through the network at once; gradients accumulate to the batch. 0: the whole batch."""
+    lr: float = 0.0
+    """Learning rate; 0: the preset's, for the preset's batch size (nothing is scaled)."""
+    rounds: int = 0
+    """Parts of the training; after each one a start that was killed goes on. 0: the preset's."""
+    eval_every: int = 0
+    """Rounds between two looks at the test images; 0: only after the last, whose figures count in any case."""
+    trials: int = 1
+    """Times it is trained and measured, each with a seed of its own; the mean counts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("iterations", "batch_size", "micro_batch", "lr", "rounds", "eval_every"):
+            self._at_least(name, 0)
+        self._at_least("trials", 1)
+        self._whole_batches()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detection(Dense):
+    """Train an object detector from the backbone. --data: the folder of VOC2007 and VOC2012, or COCO's root."""
+
+    preset: Literal["voc0712_faster_rcnn_c4", "coco_mask_rcnn_fpn_1x"]
+    """Whose data, network and schedule."""
+    min_size: int = 0
+    """Short side of the test images, in pixels, with the training sizes in proportion; 0: the preset's 800."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation(Dense):
+    """Train a segmentation network from the backbone. --data: VOC2012, the Cityscapes root, or camvid."""
+
+    preset: Literal["voc12aug_fcn_20k", "cityscapes_fcn_40k", "camvid_fcn"]
+    """Whose data, network and schedule."""
+    crop_size: int = 0
+    """Side of the training crops, in pixels, with the images' sizes in proportion; 0: the preset's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class All(Common):
     """Every benchmark that the given data allow, and the page's tables. --data: shards, a VOC2007 folder, or both."""
 
-    backbone: str
-    """RUN (a run directory), FILE (with --arch, unless raydc wrote it), random:RUN, random:FILE or random:ARCH."""
     data: tuple[str, ...]
     """Shards (linear, knn, semisup) and VOC2007 folders (svm, lowshot)."""
-    run_dir: str
-    """Where a folder for each benchmark and the common scorecard.json go."""
-    arch: str = ""
-    """Network of a FILE from elsewhere: resnet18, resnet34, resnet50."""
     preset: Literal["imagenet", "places205", "inat18"] = "imagenet"
     """Of linear."""
     epochs: int = 0
@@ -227,21 +284,3 @@ class All:
     """Shares of the labels that semisup learns from, at the setting of the published DeepCluster row (lr .01, head x 1)."""
     lists: tuple[str, ...] = ()
     """Files with names of labelled images for semisup (the official 1 % and 10 % lists), instead of the fractions."""
-    size: int = 0
-    """Side of the images the backbone is given, in pixels; 0: what it was trained with."""
-    seed: int = 0
-    """Where every random number begins."""
-    num_workers: int = 1
-    """Processes that train or extract; 0 does all in this one, without Ray, for debugging."""
-    threads: int = 0
-    """CPU threads of a worker; 0: the node's CPUs shared by its workers. On a busy machine 1 is far faster."""
-    features: str = ""
-    """Folder of extracted features. Default: features, inside the run directory."""
-    use_gpu: Literal["auto", "yes", "no"] = "auto"
-    """Whether each worker takes a GPU; auto: if there are enough."""
-    verbose: bool = False
-    """Let Ray talk."""
-
-    @property
-    def folder(self) -> Folder:
-        return Folder(self.run_dir)

@@ -16,6 +16,19 @@ from raydc.storage import Folder
 
 SCORECARD = "scorecard.json"
 FULL_SET = "published, on the full set"
+SETS = {
+    "svm": "VOC07",
+    "lowshot": "VOC07",
+    "linear_imagenet": "ImageNet",
+    "linear_places205": "Places205",
+    "linear_inat18": "iNaturalist2018",
+    "semisup": "ImageNet",
+    "knn": "ImageNet",
+    "detection_voc0712": "VOC07+12",
+    "detection_coco": "COCO 2017",
+    "segmentation_voc12aug": "VOC12 with SBD",
+    "segmentation_cityscapes": "Cityscapes",
+}
 
 # The page's order, by the first word of a benchmark's name; a column without any number is not printed.
 LAYERS = ("feature1", "feature2", "feature3", "feature4", "feature5")
@@ -162,7 +175,8 @@ def _blocks(benchmark: str, rows: list[Row]) -> list[_Block]:
         _measured(full, name, columns, [row for row in rows if (row.full, row.data) == (full, name)])
         for full, name in sorted(data, key=lambda one: not one[0])
     ]
-    return [*blocks, _published(columns, known)] if known else blocks
+    name = SETS.get(benchmark) or SETS.get(_family(benchmark), "")
+    return [*blocks, _published(f"{FULL_SET} ({name})" if name else FULL_SET, columns, known)] if known else blocks
 
 
 def _columns(benchmark: str, present: list[str]) -> list[str]:
@@ -178,7 +192,18 @@ def _measured(full: bool, data: str, columns: list[str], rows: list[Row]) -> _Bl
         seeds = sorted({row.seeds for row in mine.values()})
         cells.append([backbone, *(_cell(mine.get(column)) for column in columns), ", ".join(map(str, seeds))])
     heading = f"measured, on the full set: {data}" if full else f"measured, on {data}"
-    return _Block(heading, cells, list(dict.fromkeys(note for row in rows for note in row.notes)))
+    return _Block(heading, cells, [_attributed(note, rows, columns) for note in _all_notes(rows)])
+
+
+def _all_notes(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(note for row in rows for note in row.notes))
+
+
+def _attributed(note: str, rows: list[Row], columns: list[str]) -> str:
+    """A note that holds for some columns only names them."""
+    holds = [column for column in columns if any(note in row.notes for row in rows if row.column == column)]
+    everywhere = all(note in row.notes for row in rows)
+    return note if everywhere else f"{', '.join(holds)}: {note}"
 
 
 def _cell(row: Row | None) -> str:
@@ -187,7 +212,7 @@ def _cell(row: Row | None) -> str:
     return f"{row.value:.2f}" if row.spread is None else f"{row.value:.2f} +- {row.spread:.2f}"
 
 
-def _published(columns: list[str], known: list[published.Published]) -> _Block:
+def _published(heading: str, columns: list[str], known: list[published.Published]) -> _Block:
     lines: dict[tuple, dict[str, float]] = {}
     for one in known:
         lines.setdefault((one.method, one.source, one.setting, one.note), {})[one.column] = one.value
@@ -195,7 +220,7 @@ def _published(columns: list[str], known: list[published.Published]) -> _Block:
     for (method, *origin), values in lines.items():
         numbers = (f"{values[column]:.2f}" if column in values else "-" for column in columns)
         cells.append([method, *numbers, "; ".join(filter(None, origin))])
-    return _Block(FULL_SET, cells, [])
+    return _Block(heading, cells, [])
 
 
 def _text(block: _Block) -> str:

@@ -8,7 +8,6 @@ all labels and fresh weights that is a supervised backbone.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 
 from raydc import checkpoint, launch
-from raydc.benchmarks import scorecard
 from raydc.benchmarks.learner import LabelledShards, Learner, fit, open_job, open_shards, scaled
-from raydc.benchmarks.options import Semisup
+from raydc.benchmarks.options import Semisup, trial_name
 from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 from raydc.config import ImagesConfig, TrainConfig, UsageError
 from raydc.data import shards
 from raydc.launch import Job, Shared, Worker
@@ -95,10 +93,10 @@ def _name(line: str) -> str:
 
 def loop(job: Job) -> dict | None:
     """As Ray Train calls it."""
-    return fine_tune(job, Worker.here(job.board, job.config.use_gpu == "yes"))
+    return fine_tune(job)
 
 
-def fine_tune(job: Job, worker: Worker, tell: Callable[[dict], None] | None = None) -> dict | None:
+def fine_tune(job: Job, worker: Worker | None = None, tell: Callable[[dict], None] | None = None) -> dict | None:
     """All epochs, from the last commit; rank 0 returns {"top1", "top5", "note"}. ``tell`` hears of every look at val."""
     options: Semisup = job.extras["options"]
     learner, candidate = Learner(job, worker), job.extras["candidate"].get()
@@ -114,7 +112,7 @@ def fine_tune(job: Job, worker: Worker, tell: Callable[[dict], None] | None = No
         learner.commit(epoch, found)
         if found and tell:
             tell({"epoch": epoch + 1} | found)
-    if not worker.is_first:
+    if not learner.worker.is_first:
         return None
     save_backbone(learner, candidate)
     last = next(line for line in reversed(learner.journal.lines) if line["phase"] == "evaluate")
@@ -145,11 +143,7 @@ def run(options: Semisup, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard. Fresh weights start with untouched BatchNorm statistics: they are learnt anyway."""
     data = open_shards(options.data)
     ids = choose_ids(options, data)
-    claim(options, facts(candidate, data, ids))
-    attach(options)
-    rows = measure(options, candidate, data, ids)
-    scorecard.write(options.folder, rows)
-    return rows
+    return once(options, facts(candidate, data, ids), lambda: measure(options, candidate, data, ids))
 
 
 def facts(candidate: Candidate, data: LabelledShards, ids: np.ndarray) -> dict[str, str]:
@@ -171,11 +165,10 @@ def train(options: Semisup, job: Job, callbacks=()) -> dict:
     return fit(loop, job, options, callbacks)
 
 
-def finish(options: Semisup, figures: dict) -> dict:
+def finish(options: Semisup, figures: dict) -> None:
     """Write result.json, the sign that the run is done."""
     result = {"recipe": "semisup", "seed": options.seed, "figures": figures, "versions": launch.versions()}
     options.folder.write_json("result.json", result)
-    return result
 
 
 def prepare(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, streams=None) -> Job:
@@ -213,12 +206,6 @@ def _share(data: LabelledShards, ids: np.ndarray) -> float:
     return len(ids) / max(1, int((data.labels["train"] >= 0).sum()))
 
 
-def trial_name(lr: float, head_factor: float) -> str:
-    """As the page names its nine files: lr1e-2_head10."""
-    exponent = math.floor(math.log10(lr))
-    return f"lr{lr / 10**exponent:.10g}e{exponent}_head{head_factor:.10g}"
-
-
 def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: np.ndarray, result: dict) -> list[Row]:
     figures = result["figures"]
     changed = [f"{options.epochs} epochs instead of {SCHEDULE.epochs}"] if options.epochs else []
@@ -226,6 +213,7 @@ def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: n
     changed += [f"weight decay {options.weight_decay:g}"] if options.weight_decay >= 0 else []
     official = data.has(OFFICIAL["imagenet"]) and bool(options.list) and len(ids) in LISTS
     setting = trial_name(options.lr, options.head_factor)
+    chosen = [f"labels of {Path(options.list).name}"] if options.list else []
     return [
         Row(
             benchmark=benchmark_name(options, data, ids),
@@ -234,7 +222,7 @@ def to_rows(options: Semisup, candidate: Candidate, data: LabelledShards, ids: n
             data=data.describe(len(ids)),
             backbone=candidate.label,
             full=official and candidate.size == OFFICIAL_SIZE and not changed,
-            notes=notes(replace(candidate, statistics=""), "", figures["note"], setting, *changed),
+            notes=notes(candidate, "", figures["note"], setting, *chosen, *changed),
         )
         for column, key in (("Top-1", "top1"), ("Top-5", "top5"))
     ]

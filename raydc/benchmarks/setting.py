@@ -10,15 +10,16 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
+from raydc import checkpoint, launch
 from raydc import config as configs
-from raydc import launch
+from raydc.benchmarks import scorecard
 from raydc.benchmarks.options import All, Setting
+from raydc.benchmarks.scorecard import Row
 from raydc.checkpoint import BACKBONE, tensors_hash
 from raydc.config import Config, ModelConfig, UsageError
 from raydc.models.backbone import Backbone, build_backbone
@@ -30,6 +31,21 @@ OFFICIAL_SIZE = 224  # pixels, of every published row
 LISTED = 5  # keys that an error names before it only counts
 
 
+def once(options: Setting, facts: dict[str, str], measure: Callable[[], list[Row]], *, cpus: int = 0) -> list[Row]:
+    """The rows that this run directory holds; else what ``measure`` finds, written down. Only that needs Ray.
+
+    ``facts``: see ``claim``; ``cpus``: see ``attach``.
+    """
+    claim(options, facts)
+    if rows := scorecard.read(options.folder):
+        print(f"{options.folder.uri} has these figures already", flush=True)
+        return rows
+    attach(options, cpus)
+    rows = measure()
+    scorecard.write(options.folder, rows)
+    return rows
+
+
 def attach(options: Setting, cpus: int = 0) -> None:
     """Join Ray, or start it here with at least ``cpus`` CPUs, and see that it has what is asked for."""
     if options.num_workers:
@@ -39,8 +55,8 @@ def attach(options: Setting, cpus: int = 0) -> None:
 
 
 def notes(candidate: Candidate, statistics: str, *more: str) -> tuple[str, ...]:
-    """What a row says of its backbone; ``statistics``: the variant of fresh weights that was better."""
-    fresh = f"fresh weights, {statistics} BatchNorm statistics (the better)" if candidate.is_random else ""
+    """What a row says of its backbone; ``statistics``: the variant of fresh weights that was better, if there were two."""
+    fresh = f"fresh weights, {statistics} BatchNorm statistics (the better)" if statistics else ""
     size = "" if candidate.size == OFFICIAL_SIZE else f"{candidate.size} px images"
     return tuple(filter(None, (*candidate.notes, fresh, size, *more)))
 
@@ -55,17 +71,22 @@ def claim(setting: Setting | All, facts: dict[str, str], others: Sequence[str] =
     """
     free = dict.fromkeys((*FREE_TO_CHANGE, *others))
     folder, name = setting.folder, type(setting).__name__.lower()
+    if folder.is_file():
+        raise UsageError(f"{folder.uri} is a file; give a folder as --run-dir")
     options = {key: value for key, value in configs.to_dict(setting).items() if key not in free}
     here = json.loads(json.dumps({"benchmark": name, "options": options, "facts": facts}))
     if not folder.exists("config.json"):
         folder.write_json("config.json", here | {"setting": configs.to_dict(setting), "versions": launch.versions()})
         return
     there = folder.read_json("config.json")
+    changed = [
+        (part, key) for part in ("options", "facts") for key in here[part] if there.get(part, {}).get(key) != here[part][key]
+    ]
     differing = [
-        f"{key} is {_short(there.get(part, {}).get(key))} there and {_short(value)} here"
-        for part in ("options", "facts")
-        for key, value in here[part].items()
-        if there.get(part, {}).get(key) != value
+        f"other {key}"  # a fact is a fingerprint, which says nothing to a person
+        if part == "facts"
+        else f"{key} is {_short(there.get(part, {}).get(key))} there and {_short(here[part][key])} here"
+        for part, key in changed
     ]
     differing = [f"it holds {there.get('benchmark', 'a run')}"] if there.get("benchmark") != name else differing
     if differing:
@@ -100,7 +121,7 @@ class Candidate:
         """Of this variant, as a person reads it."""
         return f"{self.label} ({self.statistics} BatchNorm)" if self.is_random else self.label
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of weights, buffers and what happens before the first layer."""
         return tensors_hash(self.tensors, json.dumps(configs.to_dict(self.model)))
@@ -148,8 +169,8 @@ def _trained(spec: str, arch: str, names: list[str] | None) -> Candidate:
     folder = Folder(spec)
     if folder.exists(BACKBONE):
         unfinished = () if folder.exists("result.json") else (f"{spec} is not finished: its last epoch so far was measured",)
-        return _ours(spec, *_safetensors(folder, BACKBONE), notes=unfinished)
-    if folder.is_local and Path(folder.root).is_file():
+        return _ours(spec, *checkpoint.read_tensors(folder), arch, notes=unfinished)
+    if folder.is_local and folder.is_file():
         return _from_file(spec, Path(folder.root), arch)
     if folder.exists():
         raise UsageError(f"{spec} holds no {BACKBONE}; give a run directory with at least one finished epoch")
@@ -159,9 +180,9 @@ def _trained(spec: str, arch: str, names: list[str] | None) -> Candidate:
 
 def _from_file(spec: str, path: Path, arch: str) -> Candidate:
     if path.suffix == ".safetensors":
-        tensors, metadata = _safetensors(Folder(path.parent), path.name)
+        tensors, metadata = checkpoint.read_tensors(Folder(path.parent), path.name)
         if "model" in metadata:
-            return _ours(spec, tensors, metadata)
+            return _ours(spec, tensors, metadata, arch)
     else:
         tensors = _torch_file(path)
     if not arch:
@@ -169,21 +190,14 @@ def _from_file(spec: str, path: Path, arch: str) -> Candidate:
     return adopt(spec, tensors, arch)
 
 
-def _ours(spec: str, tensors: dict, metadata: Mapping[str, str], notes: tuple[str, ...] = ()) -> Candidate:
+def _ours(spec: str, tensors: dict, metadata: Mapping[str, str], arch: str, notes: tuple[str, ...] = ()) -> Candidate:
     if "model" not in metadata:
         raise UsageError(f"{spec} does not say its architecture; give a file that raydc wrote, or --arch")
     model = configs.from_dict(ModelConfig, json.loads(metadata["model"]))
+    if arch not in ("", model.architecture):
+        raise UsageError(f"--arch {arch} contradicts {spec}, which says that it is a {model.architecture}; leave --arch out")
     size, resize = int(metadata["input_size"]), int(metadata["resize"])
     return _checked(Candidate(label=spec, model=model, size=size, resize=resize, tensors=tensors, notes=notes))
-
-
-def _safetensors(folder: Folder, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    data = folder.read(name)
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return safetensors.torch.load(data), header.get("__metadata__", {})
-    except (ValueError, SafetensorError):
-        raise UsageError(f"{folder.uri}/{name} is no safetensors file, or damaged; give another") from None
 
 
 def _torch_file(path: Path) -> dict[str, torch.Tensor]:
@@ -191,7 +205,7 @@ def _torch_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         values = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch says to a file that is none of its own
-        reason = str(error).splitlines()[0][:120]
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else type(error).__name__
         raise UsageError(f"{path} cannot be read as weights alone ({reason}); save its state dict as safetensors") from None
     for inside in ("state_dict", "model"):
         if isinstance(values, Mapping) and isinstance(values.get(inside), Mapping):

@@ -7,12 +7,12 @@ from functools import partial
 
 from tqdm import tqdm
 
-from raydc.benchmarks import published, scorecard, svm
+from raydc.benchmarks import published, svm
 from raydc.benchmarks.datasets import IMAGES, Voc07, read_voc07
 from raydc.benchmarks.features import ImageSet, extract, image_files, variants
 from raydc.benchmarks.options import Lowshot, Setting, Svm
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, attach, claim, notes
+from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 
 OFFICIAL = published.OFFICIAL["voc07"]
 
@@ -36,10 +36,8 @@ def is_full(data: Voc07, candidate: Candidate) -> bool:
     return all(len(data.names[split]) == whole for split, whole in OFFICIAL.items()) and candidate.size == OFFICIAL_SIZE
 
 
-def _measure(options: Setting, candidate: Candidate, data: Voc07, layers: tuple[str, ...], arithmetic) -> dict[str, dict]:
+def _measure(options: Setting, candidate: Candidate, data: Voc07, images, layers: tuple[str, ...], arithmetic) -> dict:
     """{BatchNorm statistics: result of ``arithmetic(features, progress)``} for each variant of the candidate."""
-    images = image_sets(data)
-    attach(options, cpus=os.cpu_count() or 1)
     found = {}
     for variant in variants(options, candidate, images["trainval"], squash=True):
         extracted = {split: extract(options, variant, images[split], "layers", squash=True) for split in images}
@@ -50,8 +48,7 @@ def _measure(options: Setting, candidate: Candidate, data: Voc07, layers: tuple[
     return found
 
 
-def _facts(candidate: Candidate, data: Voc07) -> dict[str, str]:
-    images = image_sets(data)
+def _facts(candidate: Candidate, images: dict[str, ImageSet]) -> dict[str, str]:
     return {"backbone": candidate.fingerprint, "data": "/".join(one.fingerprint for one in images.values())}
 
 
@@ -69,25 +66,28 @@ def _ignored(data: Voc07) -> str:
 
 def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard: each layer, and the best; for fresh weights the better of both variants, layer by layer."""
-
     data = read_voc07(options.data)
     labels = data.labels["trainval"], data.labels["test"]
     svm.check_classes(*labels, list(data.classes))
-    claim(options, _facts(candidate, data))
-    if done := scorecard.read(options.folder):
-        return done
+    images = image_sets(data)
 
     def arithmetic(features, progress) -> dict:
         parallel = options.num_workers > 0
         return svm.run_svm(features, *labels, data.classes, seed=options.seed, parallel=parallel, progress=progress)
 
-    found = _measure(options, candidate, data, options.layers, arithmetic)
+    def measure() -> list[Row]:
+        return _svm_rows(options, candidate, data, _measure(options, candidate, data, images, options.layers, arithmetic))
+
+    return once(options, _facts(candidate, images), measure, cpus=os.cpu_count() or 1)
+
+
+def _svm_rows(options: Svm, candidate: Candidate, data: Voc07, found: dict) -> list[Row]:
     maps = {
         layer: max((result["layers"][layer]["map"], statistics) for statistics, result in found.items())
         for layer in options.layers
     }
     best = max(maps, key=lambda layer: maps[layer][0])
-    rows = [
+    return [
         Row(
             benchmark="svm",
             column=column,
@@ -99,19 +99,14 @@ def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
         )
         for column, layer in [*((layer, layer) for layer in options.layers), ("best", best)]
     ]
-    scorecard.write(options.folder, rows)
-    return rows
 
 
 def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard: k shots as published (cost chosen on test), and beside them the clean choice."""
-
     data = read_voc07(options.data)
     labels = data.labels["trainval"], data.labels["test"]
     svm.check_shots(*labels, list(data.classes), options.shots, options.num_samples)
-    claim(options, _facts(candidate, data))
-    if done := scorecard.read(options.folder):
-        return done
+    images = image_sets(data)
 
     def arithmetic(features, progress) -> dict:
         return svm.run_low_shot(
@@ -125,7 +120,14 @@ def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
             progress=progress,
         )
 
-    found = _measure(options, candidate, data, (options.layer,), arithmetic)
+    def measure() -> list[Row]:
+        found = _measure(options, candidate, data, images, (options.layer,), arithmetic)
+        return _lowshot_rows(options, candidate, data, found)
+
+    return once(options, _facts(candidate, images), measure, cpus=os.cpu_count() or 1)
+
+
+def _lowshot_rows(options: Lowshot, candidate: Candidate, data: Voc07, found: dict) -> list[Row]:
     draws = "" if options.num_samples == svm.NUM_SAMPLES else f"{options.num_samples} draws instead of {svm.NUM_SAMPLES}"
     rows = []
     for place, k in enumerate(options.shots):
@@ -150,5 +152,4 @@ def run_lowshot(options: Lowshot, candidate: Candidate) -> list[Row]:
                     notes=notes(candidate, statistics, options.layer, how, draws, _ignored(data)),
                 )
             )
-    scorecard.write(options.folder, rows)
     return rows

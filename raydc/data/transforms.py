@@ -67,7 +67,7 @@ def draw_augmentation(
         hue=((2 * colour[:, 3] - 1) * config.hue).astype(np.float32),
         order=np.argsort(numbers("order", 4), axis=1),
         grayscale=numbers("grayscale", 1)[:, 0] < config.grayscale,
-        lighting=_lighting(config, numbers("lighting", 6) if config.lighting else np.zeros((num, 6))),
+        lighting=_lighting(config, numbers("lighting", 6)) if config.lighting else None,
     )
 
 
@@ -191,7 +191,7 @@ def augment(crops: torch.Tensor, parameters: Augmentation, config: ImagesConfig)
     if any((config.brightness, config.contrast, config.saturation, config.hue, config.grayscale)):
         recolour = recolour_linear if config.colour == "linear" else recolour_torchvision
         x = recolour(x, parameters)
-    if config.lighting and parameters.lighting is not None:
+    if parameters.lighting is not None:
         x = x + torch.from_numpy(parameters.lighting).to(x.device)[:, :, None, None]
     return x
 

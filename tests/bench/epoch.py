@@ -91,7 +91,7 @@ def main() -> None:
         run_dir = Folder(scratch)
         launch.attach(config.num_workers + launch.SPARE_CPUS)
         data, manifest = prepare.open_data(config, run_dir)
-        config = prepare.settle(config, run_dir, data, manifest)
+        config = prepare.settle(config, None, run_dir, data, manifest)
         streams = stream.open_streams(config, data, manifest, cached=True, local=False)
         bank = deepcluster.make_bank(config, streams.sizes["train"], local=False)
         extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), "repeats": arguments.repeats}

@@ -72,7 +72,7 @@ def test_a_run_is_far_above_chance_and_a_rerun_reads_the_features(tmp_path, digi
     assert [row.value for row in knn.run(elsewhere, open_backbone(run_dir))] == [row.value for row in rows]
     assert capsys.readouterr().out.count("has them") == 2
     assert knn.run(asked, open_backbone(run_dir)) == rows  # a finished one is only read
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{tmp_path / 'knn'} has these figures already\n"
 
 
 def test_many_queries_come_in_blocks(monkeypatch):

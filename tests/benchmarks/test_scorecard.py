@@ -123,7 +123,7 @@ def test_a_file_that_is_no_scorecard_is_named(tmp_path, text):
 def test_a_part_of_a_set_has_a_table_of_its_own():
     text = scorecard.tables([row(value=61.07), row(value=55.55, data=WHOLE, full=True)])
     found = blocks(text)
-    assert list(found) == [f"measured, on the full set: {WHOLE}", f"measured, on {PART}", FULL_SET]
+    assert list(found) == [f"measured, on the full set: {WHOLE}", f"measured, on {PART}", f"{FULL_SET} (ImageNet)"]
     holding = {heading for heading, lines in found.items() if any("61.07" in line for line in lines)}
     assert holding == {f"measured, on {PART}"}
     assert {heading for heading, lines in found.items() if any("55.55" in line for line in lines)} == {
@@ -152,11 +152,11 @@ def test_a_line_is_a_backbone_and_a_spread_stands_beside_its_value():
 
 
 def test_the_published_lines_name_their_source_and_disagree_openly():
-    lines = blocks(scorecard.tables([row(benchmark="lowshot", column="k=1")]))[FULL_SET]
+    lines = blocks(scorecard.tables([row(benchmark="lowshot", column="k=1")]))[f"{FULL_SET} (VOC07)"]
     ours = [line.strip() for line in lines if "DeepCluster" in line]
     assert [line.split("  ")[1:3] for line in ours] == [["29.73", "37.66"], ["29.37", "37.99"]]
     assert [line.split("  ")[-1] for line in ours] == ["OpenSelfSup MODEL_ZOO", "mmselfsup 0.x READMEs"]
-    semi = blocks(scorecard.tables([row(benchmark="semisup_1percent", column="Top-1")]))[FULL_SET]
+    semi = blocks(scorecard.tables([row(benchmark="semisup_1percent", column="Top-1")]))[f"{FULL_SET} (ImageNet)"]
     (line,) = [line for line in semi if "DeepCluster" in line]
     assert line.endswith("33.44  58.62  OpenSelfSup MODEL_ZOO; lr .01, head x1; the only setting that was run")
 
@@ -202,3 +202,8 @@ def test_a_readme_gets_the_same_numbers():
     full = next(lines for heading, lines in tables.items() if heading.startswith("the full set"))
     assert full[2] == "| ours | - | - | - | 55.50 | - | - | 1 |"
     assert "- BatchNorm, not SyncBN\n" in text
+
+
+def test_a_note_on_some_columns_names_them():
+    text = scorecard.tables([row(column="feature4", notes=("all", "some")), row(column="AvgPool", notes=("all",))])
+    assert "    (all)" in text.splitlines() and "    (feature4: some)" in text.splitlines()

@@ -124,7 +124,7 @@ def test_a_run_directory_measures_one_thing(tmp_path):
     claim(options(num_workers=3, data="elsewhere", verbose=True), facts)
     with pytest.raises(UsageError, match="temperature is 0.07 there and 0.1 here"):
         claim(options(temperature=0.1), facts)
-    with pytest.raises(UsageError, match="data is '2' there and '3' here"):
+    with pytest.raises(UsageError, match="another measurement: other data"):
         claim(options(), facts | {"data": "3"})
     with pytest.raises(UsageError, match="it holds knn"):
         claim(Semisup(backbone="b", data="d", run_dir=str(tmp_path / "r")), facts)

@@ -18,6 +18,8 @@ BENCHMARKS = {
     "svm": options.Svm,
     "lowshot": options.Lowshot,
     "semisup": options.Semisup,
+    "detection": options.Detection,
+    "segmentation": options.Segmentation,
     "all": options.All,
 }
 HELP = """Measure a backbone: benchmark.py NAME --backbone B --data PATH --run-dir DIR
@@ -31,7 +33,7 @@ The benchmarks:
 def parse(arguments: list[str] | None = None) -> options.Setting | options.All:
     arguments = sys.argv[1:] if arguments is None else arguments
     wants_help = not arguments or arguments[0] in ("-h", "--help")
-    summary = HELP + "\n".join(f"  {name:<9}{cls.__doc__}" for name, cls in BENCHMARKS.items())
+    summary = HELP + "\n".join(f"  {name:<14}{cls.__doc__}" for name, cls in BENCHMARKS.items())
     if wants_help:
         print(f"{summary}\n\nbenchmark.py NAME --help shows the options of one.")
         raise SystemExit(0 if arguments else 2)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
-from raydc.benchmarks import knn, linear, scorecard, semisup, voc07
+from raydc.benchmarks import detection, knn, linear, scorecard, segmentation, semisup, voc07
 from raydc.benchmarks.datasets import Voc07, read_voc07
 from raydc.benchmarks.learner import LabelledShards, open_shards
-from raydc.benchmarks.options import All, Knn, Linear, Lowshot, Semisup, Setting, Svm
+from raydc.benchmarks.options import All, Detection, Knn, Linear, Lowshot, Segmentation, Semisup, Setting, Svm
 from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import Candidate, claim
 from raydc.config import UsageError
@@ -21,6 +21,8 @@ RUN: dict[type[Setting], Callable[..., list[Row]]] = {
     Semisup: semisup.run,
     Svm: voc07.run_svm,
     Lowshot: voc07.run_lowshot,
+    Detection: detection.run,
+    Segmentation: segmentation.run,
 }
 
 

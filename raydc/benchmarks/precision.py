@@ -19,7 +19,7 @@ from raydc.benchmarks.masks import IGNORE_MASK
 from raydc.config import RunError
 
 COCO_FIGURES = ("AP", "AP50", "AP75")  # the first three of COCO's summary, in its order
-VOC_OVERLAP = 0.5
+VOC_OVERLAPS = tuple(range(50, 100, 5))  # percent
 VOC_POINTS = 11
 
 
@@ -163,26 +163,39 @@ def _entries(number: int, boxes: np.ndarray, labels: np.ndarray, columns: dict[s
 
 
 def voc07_precision(found: Sequence[Detections], true: Sequence[AnnotatedImage], num_classes: int) -> dict[str, float]:
-    """11-point AP at IoU .5, over classes with an object to find; x2 and y2 are the last pixels (VOC2007's devkit).
+    """11-point AP at IoU .5 and .75, and its mean over .5 to .95; x2 and y2 are the last pixels (VOC2007's devkit).
 
-    A detection belongs to the object of its class that it overlaps most, and is wrong if one of a higher score took it
-    already; on a difficult object it counts neither way. RunError where there is no object to find.
+    Means are over classes with an object to find. A detection belongs to the object of its class that it overlaps most,
+    and is wrong if one of a higher score took it already; on a difficult object it counts neither way. RunError where
+    there is no object to find.
     """
     _check_pairs(found, true)
     num_objects = _count_objects(true)
     boxes, keys = _flatten(found, num_classes)
     objects, object_keys = _flatten(true, num_classes)
     overlap, nearest = _match(boxes, keys, objects, object_keys)
-    ignored = np.concatenate([_ignored(one) for one in true])
-
+    ignored = np.append(np.concatenate([_ignored(one) for one in true]), False)[nearest]
     falling = np.argsort(-np.concatenate([one.scores for one in found]), kind="stable")
-    falling = falling[~((overlap >= VOC_OVERLAP) & np.append(ignored, False)[nearest])[falling]]
-    hits = np.flatnonzero(overlap[falling] >= VOC_OVERLAP)
-    correct = np.zeros(len(falling), bool)
-    correct[hits[np.unique(nearest[falling[hits]], return_index=True)[1]]] = True
-    labels = keys[falling] % num_classes
-    precision = [_eleven_points(correct[labels == one], num_objects[one]) for one in np.flatnonzero(num_objects)]
-    return {"VOC07 AP50": 100 * float(np.mean(precision))}
+    overlap, nearest, ignored, labels = overlap[falling], nearest[falling], ignored[falling], keys[falling] % num_classes
+
+    def at(least: float) -> float:
+        hit = overlap >= least
+        counted = ~(hit & ignored)
+        correct = _first_hits(hit[counted], nearest[counted])
+        classes = labels[counted]
+        points = [_eleven_points(correct[classes == one], num_objects[one]) for one in np.flatnonzero(num_objects)]
+        return 100 * float(np.mean(points))
+
+    every = {least: at(least / 100) for least in VOC_OVERLAPS}
+    return {"VOC07 AP50": every[50], "VOC07 AP": float(np.mean(list(every.values()))), "VOC07 AP75": every[75]}
+
+
+def _first_hits(hit_N: np.ndarray, nearest_N: np.ndarray) -> np.ndarray:
+    """bool (N,): of those that hit an object, the first."""
+    hits = np.flatnonzero(hit_N)
+    first = np.zeros(len(hit_N), bool)
+    first[hits[np.unique(nearest_N[hits], return_index=True)[1]]] = True
+    return first
 
 
 def _flatten(images: Sequence[Detections] | Sequence[AnnotatedImage], num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,10 @@ OFFICIAL = {
     "places205": {"train": 2_448_873, "val": 20_500},
     "inat18": {"train": 437_513, "val": 24_426},
     "voc07": {"trainval": 5_011, "test": 4_952},
+    "voc0712": {"trainval": 16_551, "test": 4_952},
+    "coco": {"train": 118_287, "val": 5_000},
+    "voc12aug": {"train": 10_582, "val": 1_449},
+    "cityscapes": {"train": 2_975, "val": 500},
 }
 
 SOURCES = {
@@ -165,7 +169,7 @@ TABLES = {
     """,
     # Both frameworks integrate precision over VOC2007's 11 points, at every overlap.
     "detection_voc0712": """
-    method              | from    | AP50   AP     AP75
+    method              | from    | VOC07 AP50  VOC07 AP  VOC07 AP75
     ImageNet supervised | O d2    | 81.58  54.19  59.80
     ImageNet supervised | MoCo d2 | 81.3   53.5   58.8
     Random init         | O d2    | 59.02  32.83  31.60

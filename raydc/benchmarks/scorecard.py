@@ -38,7 +38,7 @@ COLUMNS = {
     "linear": (*LAYERS, "AvgPool"),
     "semisup": ("Top-1", "Top-5"),
     "knn": ("k=10", "k=20", "k=100", "k=200"),
-    "detection": ("AP", "AP50", "AP75", "mask AP", "mask AP50", "mask AP75", "VOC07 AP50"),
+    "detection": ("AP", "AP50", "AP75", "mask AP", "mask AP50", "mask AP75", "VOC07 AP50", "VOC07 AP", "VOC07 AP75"),
     "segmentation": ("mIoU",),
 }
 

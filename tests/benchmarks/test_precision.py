@@ -110,7 +110,7 @@ def test_the_truth_itself_has_a_precision_of_100(real_data):
     voc = read_voc_detection(real_data / "voc07", split="test").images
     found = [Detections(boxes=one.boxes, scores=np.ones(len(one.labels)), labels=one.labels) for one in voc]
     assert sum(one.difficult.sum() for one in voc) > 0
-    assert voc07_precision(found, voc, 20) == {"VOC07 AP50": 100.0}
+    assert set(voc07_precision(found, voc, 20).values()) == {100.0}
     assert coco_precision(found, voc, masks=False)["AP"] == 100.0
 
 
@@ -118,7 +118,7 @@ def test_found_nothing_at_all_is_zero(real_data):
     true = read_coco(real_data / "coco", "val").images
     found = [detections() for _ in true]
     assert set(coco_precision(found, true, masks=True).values()) == {0.0}
-    assert voc07_precision(found, true, 80) == {"VOC07 AP50": 0.0}
+    assert set(voc07_precision(found, true, 80).values()) == {0.0}
 
 
 def test_coco_worked_by_hand():

@@ -112,6 +112,7 @@ class DetectionProblem(Problem):
     test: DetectionSet
     wanted: np.ndarray
     preset: Preset
+    regions: int = 0
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -135,7 +136,10 @@ class DetectionProblem(Problem):
         return {"pixels": pixels, "size": size}
 
     def network(self, backbone: Backbone) -> nn.Module:
-        return self.preset.detector(backbone, len(self.train.classes))
+        detector = self.preset.detector(backbone, len(self.train.classes))
+        if self.regions:
+            detector.limit_regions(self.regions)
+        return detector
 
     def loss(self, model: nn.Module, samples: list[Sample], compute: Compute) -> torch.Tensor:
         """The sum of the detector's losses, each with weight 1."""
@@ -194,11 +198,13 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
         test=test,
         wanted=wanted,
         preset=preset,
+        regions=options.regions,
     )
     counts = {split: len(one.images) for split, one in zip(preset.splits, (train, test), strict=True)}
     data = f"{published.name}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} images"
     changed = schedule.differences(published.schedule)
     changed += [f"short side {preset.test_side} instead of {published.test_side} pixels"] if options.min_size else []
+    changed += [f"{options.regions} instead of 512 regions an image"] if options.regions else []
     full = counts == OFFICIAL[published.data] and not changed
     more = [f"{split}: {note}" for split, one in zip(preset.splits, (train, test), strict=True) for note in one.notes]
     name = f"detection_{published.data}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -91,10 +92,18 @@ class Heads(nn.Module):
             nn.init.normal_(classifier.weight, 0, 0.01, generator=generator)
             nn.init.zeros_(classifier.bias)
 
+        self.learning = names
+
+    def finish_layers(self) -> None:
+        """From here on AvgPool learns alone, and the others cost nothing."""
+        self.learning = (AVGPOOL,)
+        for name in self.norms:
+            self.classifiers[name].requires_grad_(False)
+
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        flat = {name: norm(features[name]).flatten(1) for name, norm in self.norms.items()}
+        flat = {name: self.norms[name](features[name]).flatten(1) for name in self.learning if name != AVGPOOL}
         flat |= {AVGPOOL: features[AVGPOOL]} if AVGPOOL in features else {}
-        return {name: classifier(flat[name]) for name, classifier in self.classifiers.items()}
+        return {name: self.classifiers[name](flat[name]) for name in self.learning}
 
 
 class Probe(nn.Module):
@@ -112,12 +121,12 @@ class Probe(nn.Module):
     @torch.no_grad()
     def features(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         plain, jittered = pixels[:, :3], pixels[:, -3:]
-        features = {}
-        if self.heads.norms:
+        features, layers = {}, self.heads.learning != (AVGPOOL,)
+        if layers:
             maps = self.backbone.taps(jittered)
             features = pool({name: value.float() for name, value in maps.items()})
-        if AVGPOOL in self.heads.classifiers:
-            shared = self.heads.norms and pixels.shape[1] == 3
+        if AVGPOOL in self.heads.learning:
+            shared = layers and pixels.shape[1] == 3
             features[AVGPOOL] = maps["feature5"].mean((2, 3)) if shared else self.backbone(plain)
         return features
 
@@ -154,14 +163,17 @@ def loop(job: Job) -> dict | None:
     learner.hold(probe, heads, lambda: build_optimizer(heads, preset))
     jitter = replace(job.config.images, **preset.jitter) if preset.jitter and heads.norms else None
     for epoch in learner.state.remaining(job.config.train.epochs):
+        if epoch >= preset.layers.epochs and heads.learning != (AVGPOOL,):
+            heads.finish_layers()
+            learner.trained, jitter = learner.worker.wrap(probe), None  # anew: it expects a gradient of whatever learns
         learner.train(
             epoch,
-            change=(lambda batches, seed: with_jitter(batches, jitter, seed)) if jitter else None,
+            change=partial(with_jitter, config=jitter) if jitter else None,
             criterion=summed_cross_entropy,
             set_rate=lambda optimizer, now: set_rates(optimizer, preset, now),
         )
         if is_due(epoch + 1, options.eval_every, preset):
-            learner.evaluate(epoch, options.heads)
+            learner.evaluate(epoch, heads.learning)
         learner.commit(epoch, {})
     return {"figures": figures(learner.journal, options.heads, preset), "note": note} if learner.worker.is_first else None
 
@@ -185,7 +197,7 @@ def set_rates(optimizer: torch.optim.Optimizer, preset: Preset, epoch: float) ->
         group["lr"] = learning_rate(config, epoch) if epoch < config.epochs else 0.0
 
 
-def with_jitter(batches: Iterator, config: ImagesConfig, seed: int) -> Iterator:
+def with_jitter(batches: Iterator, seed: int, config: ImagesConfig) -> Iterator:
     """(image_ids, plain pixels) -> (image_ids, plain and jittered pixels): the same crop twice."""
     for ids, pixels in batches:
         sizes = np.full(len(ids), config.size), np.full(len(ids), config.size)

@@ -258,6 +258,14 @@ class Detection(Dense):
     """Whose data, network and schedule."""
     min_size: int = 0
     """Short side of the test images, in pixels, with the training sizes in proportion; 0: the preset's 800."""
+    regions: int = 0
+    """Regions of an image that the heads learn from, and half of those that are tested; 0: the preset's 512 and 1,000."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("min_size", 32), ("regions", 4)):
+            good = getattr(self, name) == 0 or getattr(self, name) >= least
+            check(good, f"{name} is {getattr(self, name)}; give {least} or more, or 0 for the preset's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +276,11 @@ class Segmentation(Dense):
     """Whose data, network and schedule."""
     crop_size: int = 0
     """Side of the training crops, in pixels, with the images' sizes in proportion; 0: the preset's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = self.crop_size == 0 or self.crop_size >= 32
+        check(good, f"crop_size is {self.crop_size}; give 32 or more, or 0 for the preset's")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from raydc.benchmarks import knn, linear
@@ -46,7 +47,7 @@ def probe(options: Linear, data, candidate, heads: tuple[str, ...]):
         began = time.perf_counter()
         learner.train(
             number,
-            change=lambda batches, seed: linear.with_jitter(batches, jitter, seed),
+            change=partial(linear.with_jitter, config=jitter),
             criterion=linear.summed_cross_entropy,
             set_rate=lambda optimizer, now: linear.set_rates(optimizer, preset, now),
         )

@@ -171,6 +171,21 @@ def test_a_head_learns_the_same_alone(measured, tmp_path, digits_shards, run_dir
     assert alone[0].value == {row.column: row.value for row in rows}["feature5"]
 
 
+def test_avgpool_goes_on_alone_when_the_layers_are_done(tmp_path, digits_shards, run_dir, monkeypatch):
+    """As on ImageNet, 90 and 100 epochs: nobody's figure changes by it."""
+    published = linear.PRESETS["imagenet"]
+    short = replace(published, layers=replace(published.layers, epochs=2), avgpool=replace(published.avgpool, epochs=4))
+    monkeypatch.setitem(linear.PRESETS, "imagenet", short)
+    found = {}
+    for name, heads in (("both", ("feature2", AVGPOOL)), ("layer", ("feature2",)), ("avgpool", (AVGPOOL,))):
+        rows = linear.run(options(tmp_path / name, digits_shards, heads=heads), open_backbone(run_dir))
+        found[name] = {row.column: row.value for row in rows}
+    assert found["both"] == found["layer"] | found["avgpool"]
+    lines = [json.loads(line) for line in (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if line["phase"] == "evaluate"]
+    assert ["feature2 top1" in look for look in looks] == [True, True, False, False]
+
+
 def test_a_killed_run_ends_in_the_same_figures(measured, tmp_path, digits_shards, run_dir, monkeypatch):
     _, rows = measured
     asked = options(tmp_path / "killed", digits_shards, epochs=4, eval_every=2)

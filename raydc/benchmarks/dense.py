@@ -72,7 +72,7 @@ class Schedule:
 
     def given(self, options: Dense) -> Schedule:
         """The same with what the options change; warmup and milestones stay in proportion."""
-        iterations = options.iterations or self.iterations
+        iterations = options.max_iters or self.iterations
 
         def scaled(count: float) -> float:
             return count * iterations / self.iterations

@@ -187,9 +187,9 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
     if not len(wanted):
         raise UsageError(f"no image of {train.folder.uri} has an object to learn from; give annotations with objects")
     schedule = preset.schedule.given(options)
-    if preset.epochs and not options.iterations:
+    if preset.epochs and not options.max_iters:
         steps = preset.epochs * -(-len(wanted) // schedule.batch_size)
-        schedule = preset.schedule.given(replace(options, iterations=steps))
+        schedule = preset.schedule.given(replace(options, max_iters=steps))
     problem = DetectionProblem(
         schedule=schedule,
         num_train=len(wanted),

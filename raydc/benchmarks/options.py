@@ -227,7 +227,7 @@ class Sweep(Semisup):
 class Dense(Setting):
     """What detection and segmentation have in common: training by iterations, in rounds with a commit after each."""
 
-    iterations: int = 0
+    max_iters: int = 0
     """Iterations of training, with warmup and steps in proportion; 0: the preset's."""
     batch_size: int = 0
     """Images in an iteration, over all workers; 0: the preset's."""
@@ -244,7 +244,7 @@ class Dense(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("iterations", "batch_size", "micro_batch", "lr", "rounds", "eval_every"):
+        for name in ("max_iters", "batch_size", "micro_batch", "lr", "rounds", "eval_every"):
             self._at_least(name, 0)
         self._at_least("trials", 1)
         self._whole_batches()

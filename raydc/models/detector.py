@@ -111,7 +111,7 @@ class Detector(nn.Module):
         return [_placed(one, shape, size) for one, shape, size in zip(found, shapes, sizes or shapes, strict=True)]
 
     def limit_regions(self, number: int) -> None:
-        """Learn from ``number`` regions of an image, out of four times and test twice as many: less work, on small images."""
+        """Learn from ``number`` regions of an image (out of four times as many), test twice as many: less work."""
         self.regions.fg_bg_sampler.batch_size_per_image = number
         self.rpn._post_nms_top_n = {"training": 4 * number, "testing": 2 * number}
 

@@ -58,11 +58,11 @@ def test_a_smaller_size_keeps_proportions():
 
 
 def test_fewer_iterations_keep_the_shape_of_the_schedule(tmp_path):
-    short = VOC.schedule.given(options(Detection, tmp_path, preset="voc0712_faster_rcnn_c4", iterations=240, batch_size=2))
+    short = VOC.schedule.given(options(Detection, tmp_path, preset="voc0712_faster_rcnn_c4", max_iters=240, batch_size=2))
     assert [short.rate(iteration) for iteration in (0, 1, 180, 220)] == pytest.approx([2e-5, 0.02, 0.002, 2e-4])
     assert short.ends == list(range(20, 241, 20))
     assert short.differences(VOC.schedule) == ["240 instead of 24,000 iterations", "2 instead of 16 images a batch"]
-    few = VOC.schedule.given(options(Detection, tmp_path, preset="voc0712_faster_rcnn_c4", iterations=5, rounds=3))
+    few = VOC.schedule.given(options(Detection, tmp_path, preset="voc0712_faster_rcnn_c4", max_iters=5, rounds=3))
     assert few.ends == [1, 3, 5] and [few.steps(number) for number in range(3)] == [1, 2, 2]
 
 
@@ -136,7 +136,7 @@ def options(cls, run_dir, data="", **more):
 
 
 def street_options(run_dir, data, **more):
-    few = {"preset": "camvid_fcn", "iterations": 6, "rounds": 3, "batch_size": 2, "crop_size": 64}
+    few = {"preset": "camvid_fcn", "max_iters": 6, "rounds": 3, "batch_size": 2, "crop_size": 64}
     return options(Segmentation, run_dir, data, **few | more)
 
 
@@ -158,7 +158,17 @@ def test_segmentation_writes_a_row_that_says_what_was_smaller(segmented):
     assert 0 <= result["figures"]["road"] <= 100
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(segmented, streets, backbone, tmp_path, monkeypatch):
+def detect_options(run_dir, data):
+    few = {"max_iters": 3, "rounds": 3, "batch_size": 2, "min_size": 96, "regions": 16}
+    return options(Detection, run_dir, data, preset="voc0712_faster_rcnn_c4", **few)
+
+
+@pytest.mark.parametrize(
+    ("run", "ask", "data"),
+    [(segmentation.run, street_options, "streets"), (detection.run, detect_options, "objects")],
+    ids=["segmentation", "detection"],
+)
+def test_a_killed_training_goes_on_to_the_same_weights(run, ask, data, backbone, tmp_path, monkeypatch, request):
     commit = dense.DenseSession.commit
 
     def killed(session, number, metrics):
@@ -166,22 +176,23 @@ def test_a_killed_training_goes_on_to_the_same_weights(segmented, streets, backb
             raise KeyboardInterrupt
         commit(session, number, metrics)
 
+    place = request.getfixturevalue(data)
     monkeypatch.setattr(dense.DenseSession, "commit", killed)
-    asked = street_options(tmp_path / "run", streets)
     with pytest.raises(KeyboardInterrupt):
-        segmentation.run(asked, open_backbone(backbone))
-    assert not (tmp_path / "run" / "scorecard.json").exists()
+        run(ask(tmp_path / "killed", place), open_backbone(backbone))
+    assert not (tmp_path / "killed" / "scorecard.json").exists()
     monkeypatch.undo()
-    segmentation.run(asked, open_backbone(backbone))
-    states = [
-        torch.load(place / "trial_0" / "checkpoints" / "epoch_0002" / "state.pt", weights_only=True)["model"]
-        for place in (segmented[0], tmp_path / "run")
-    ]
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    rows = [run(ask(tmp_path / name, place), open_backbone(backbone)) for name in ("killed", "whole")]
+    assert rows[0] == rows[1]
+    one, other = (
+        torch.load(tmp_path / name / "trial_0" / "checkpoints" / "epoch_0002" / "state.pt", weights_only=True)["model"]
+        for name in ("killed", "whole")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_trials_have_seeds_of_their_own_and_a_spread(streets, backbone, tmp_path):
-    asked = street_options(tmp_path / "run", streets, trials=2, iterations=3, rounds=1)
+    asked = street_options(tmp_path / "run", streets, trials=2, max_iters=3, rounds=1)
     (row,) = segmentation.run(asked, open_backbone(backbone))
     values = [json.loads((tmp_path / "run" / f"trial_{n}" / "result.json").read_text())["figures"]["mIoU"] for n in (0, 1)]
     assert values[0] != values[1]
@@ -236,7 +247,7 @@ def test_the_backbones_weights_arrive(streets, backbone):
 )
 def test_detection_from_images_to_rows(preset, data, columns, backbone, tmp_path, request):
     place = request.getfixturevalue(data)
-    few = {"iterations": 2, "rounds": 2, "batch_size": 2, "micro_batch": 1, "min_size": 96}
+    few = {"max_iters": 2, "rounds": 2, "batch_size": 2, "micro_batch": 1, "min_size": 96}
     asked = options(Detection, tmp_path / "run", place, preset=preset, **few)
     rows = detection.run(asked, open_backbone(backbone))
     assert [row.column for row in rows] == columns
@@ -257,7 +268,7 @@ def test_coco_is_trained_for_twelve_epochs(outlines, backbone, tmp_path, monkeyp
 
 
 def test_two_workers_share_training_and_test(streets, backbone, tmp_path, local_ray):
-    asked = street_options(tmp_path / "run", streets, num_workers=2, iterations=2, rounds=1, batch_size=4)
+    asked = street_options(tmp_path / "run", streets, num_workers=2, max_iters=2, rounds=1, batch_size=4)
     (row,) = segmentation.run(asked, open_backbone(backbone))
     assert 0 <= row.value <= 100 and "BatchNorm of each of 2 CPU workers, not SyncBN" in row.notes
     lines = [json.loads(line) for line in (tmp_path / "run" / "trial_0" / "metrics.jsonl").read_text().splitlines()]
@@ -287,7 +298,7 @@ def test_an_image_that_ends_early_is_named(objects, backbone, tmp_path, num_work
     name = (place / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").read_text().split()[0]
     image = place / "VOC2007" / "JPEGImages" / f"{name}.jpg"
     image.write_bytes(image.read_bytes()[:3000])
-    few = {"preset": "voc0712_faster_rcnn_c4", "iterations": 3, "rounds": 1, "batch_size": 2, "min_size": 64}
+    few = {"preset": "voc0712_faster_rcnn_c4", "max_iters": 3, "rounds": 1, "batch_size": 2, "min_size": 64}
     asked = options(Detection, tmp_path / "run", str(place), num_workers=num_workers, **few)
     with pytest.raises(RunError, match=rf"{name}\.jpg cannot be read"):
         detection.run(asked, open_backbone(backbone))

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from raydc.benchmarks.datasets import IMAGES, LISTS, VOC_CLASSES
 from raydc.config import UsageError
+from raydc.data.decode import UnreadableImage, decode
 from raydc.storage import Folder
 
 ANNOTATIONS = "Annotations"
@@ -29,7 +29,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 FINE = 5  # pycocotools draws polygons on a grid this much finer than the pixels
 NUM_THREADS = 16  # they wait for files, not for the processor
 COUNTED = {
-    "empty": "image(s) have no objects; they stay",
+    "empty": "image(s) have no objects",
     "without_area": "object(s) have a box without area and are left out",
     "without_mask": "object(s) have no outline of three points or more and are left out",
     "clipped": "box(es) reach over the edge of their image and are cut there",
@@ -359,11 +359,10 @@ def check_files(folder: Folder, paths: list[str], who: str) -> None:
 
 
 def image_size(folder: Folder, path: str) -> tuple[int, int]:
-    """H, W of the pixels as stored, from the file's header alone."""
+    """H, W of the pixels as stored. The whole image is decoded: one that ends early is a UsageError here, and not later."""
     try:
-        with folder.fs.open_input_file(folder.path(path)) as file, Image.open(file) as image:
-            return image.height, image.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode(folder.read(path)).shape[:2]
+    except (UnreadableImage, OSError) as error:
         raise UsageError(f"{folder.path(path)} cannot be read as an image ({error}); unpack it again") from None
 
 

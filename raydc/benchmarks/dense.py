@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,12 @@ import torch
 from torch import nn
 
 from raydc import launch, training
+from raydc.benchmarks import pictures
 from raydc.benchmarks.learner import Session, fit, job_config
 from raydc.benchmarks.options import Dense
 from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import Candidate
-from raydc.config import Config, ImagesConfig, RunError, TrainConfig, UsageError
+from raydc.config import Config, ImagesConfig, RunError, TrainConfig, UsageError, check
 from raydc.data.decode import UnreadableImage, decode
 from raydc.data.stream import LosslessDataConfig, PlanBoard
 from raydc.launch import Job, Remote, Shared, Worker
@@ -39,6 +40,7 @@ from raydc.storage import Folder
 from raydc.training import Clock, Compute
 
 Sample = dict[str, torch.Tensor]
+NUM_PICTURES = 6
 TASK_ROWS = 8  # samples that a data task makes: megabytes each, in tenths of a second
 
 
@@ -71,8 +73,16 @@ class Schedule:
         return rate
 
     def given(self, options: Dense) -> Schedule:
-        """The same with what the options change; warmup and milestones stay in proportion."""
-        iterations = options.max_iters or self.iterations
+        """The same with what the options change; warmup and milestones stay in proportion.
+
+        UsageError where the workers cannot share a batch evenly.
+        """
+        iterations, lr = options.max_iters or self.iterations, options.lr or self.lr
+        batch_size, workers = options.batch_size or self.batch_size, max(1, options.num_workers)
+        check(
+            batch_size % workers == 0,
+            f"batches of {batch_size} images are not a multiple of num_workers {workers}; change it, or give --batch-size",
+        )
 
         def scaled(count: float) -> float:
             return count * iterations / self.iterations
@@ -80,9 +90,10 @@ class Schedule:
         return replace(
             self,
             iterations=iterations,
-            batch_size=options.batch_size or self.batch_size,
+            batch_size=batch_size,
             rounds=min(iterations, options.rounds or self.rounds),
-            lr=options.lr or self.lr,
+            lr=lr,
+            least=min(lr, self.least),
             warmup=scaled(self.warmup),
             milestones=tuple(map(scaled, self.milestones)),
         )
@@ -120,6 +131,8 @@ class Problem(ABC):
     schedule: Schedule
     num_train: int
     num_test: int
+    fixed_shapes: ClassVar[bool]
+    """Whether all training batches have the same."""
 
     @abstractmethod
     def training_sample(self, image_id: int, seed: int) -> Sample:
@@ -142,6 +155,10 @@ class Problem(ABC):
         """What the network, in eval mode, says of a test sample; small, for it travels between processes."""
 
     @abstractmethod
+    def picture(self, model: nn.Module, image_id: int, compute: Compute) -> torch.Tensor:
+        """A test image twice, with what is there and with what is found: uint8 (3, H, W)."""
+
+    @abstractmethod
     def figures(self, found: list[Any]) -> dict[str, float]:
         """In percent, from what was found in each test image: ``columns``, and what else is worth a look."""
 
@@ -155,7 +172,7 @@ def read_pixels(folder: Folder, path: str) -> torch.Tensor:
     """uint8 (3, H, W); RunError that names an image that cannot be decoded."""
     try:
         pixels = decode(folder.read(path))
-    except UnreadableImage as error:
+    except (UnreadableImage, OSError) as error:
         raise RunError(f"{folder.path(path)} cannot be read ({error}); unpack it again, and give the same command") from None
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
@@ -191,13 +208,18 @@ def load_rows(table: pa.Table, problem: Shared, seed: int, board: Remote | None)
     """
     ids, held = table["id"].to_numpy(), _held(problem)
     if board is not None:
-        first, end = board.current()[1]
+        first, end = board.current()[1] or _lost()
         ids, draws = Order(seed, held.num_train)(ids[ids < end - first] + first)
         made = [_encoded(training_sample, held, i, d, seed) for i, d in zip(ids, draws, strict=True)]
     else:
         made = [_encoded(held.__class__.test_sample, held, int(i)) for i in ids]
     samples, faults = ([one[part] for one in made] for part in (0, 1))
     return pa.table({"id": ids, "sample": pa.array(samples, pa.large_binary()), "fault": pa.array(faults, pa.string())})
+
+
+def _lost():
+    """The board came back empty. The words are those by which launch knows a death, after which it starts again."""
+    raise RuntimeError("an actor died: the one that says which images come next")
 
 
 _problems: dict = {}  # of this data process: the annotations of a large set are unpacked once
@@ -219,7 +241,7 @@ def _encoded(make: Callable[..., Sample], problem: Problem, image_id: int, *more
         return safetensors.torch.save(
             {key: value.contiguous() for key, value in make(problem, image_id, *more).items()}
         ), None
-    except (RunError, UsageError) as error:
+    except (RunError, UsageError, OSError) as error:
         return None, str(error)
 
 
@@ -263,7 +285,7 @@ class Images:
         self.seed, self.schedule = streams.config.seed, streams.schedule
 
     def train(self, number: int) -> Iterator[tuple[np.ndarray, list[Sample]]]:
-        """This rank's part of each batch of a round: image_ids and samples."""
+        """The round in batches, to each rank as many of its images as a rank's part of a batch: ids and samples."""
         size = self.schedule.batch_size
         first, end = self.schedule.start(number) * size, self.schedule.ends[number] * size
         if self.streams.board is None:
@@ -304,6 +326,8 @@ class DenseSession(Session):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.problem: Problem = job.extras["problem"].get()
+        if not self.problem.fixed_shapes:  # else cuDNN would look for the fastest algorithm anew at every step
+            torch.backends.cudnn.benchmark = False
         self.schedule = self.problem.schedule
         self.images = Images(job.streams, self.worker)
         self.streamed = job.streams.board is not None
@@ -365,6 +389,15 @@ class DenseSession(Session):
         self.log(number, "evaluate", seconds=round(clock.seconds, 3), num_images=len(found), **said)
         return figures
 
+    @torch.inference_mode()
+    def draw(self) -> None:
+        """examples.png: the first test images, with what is there and what is found."""
+        self.model.eval()
+        ids = range(min(NUM_PICTURES, self.problem.num_test))
+        with self.compute.autocast():
+            pairs = [self.problem.picture(self.model, image_id, self.compute) for image_id in ids]
+        self.folder.write("examples.png", pictures.png(pairs))
+
 
 def loop(job: Job) -> dict | None:
     """Train all rounds, test after the last; rank 0 returns {"figures", "note"}."""
@@ -388,7 +421,10 @@ def loop(job: Job) -> dict | None:
             session.evaluate(number)
         session.commit(number, {})
     figures = session.evaluate(session.schedule.rounds - 1)
-    return {"figures": figures, "note": note} if session.worker.is_first else None
+    if not session.worker.is_first:
+        return None
+    session.draw()
+    return {"figures": figures, "note": note}
 
 
 # --- the benchmark ------------------------------------------------------------------------------------------------------
@@ -420,8 +456,6 @@ def _job(options: Dense, candidate: Candidate, problem: Problem, folder: Folder,
     images = ImagesConfig(size=candidate.size, resize=candidate.resize)
     config = job_config(options, folder, options.data, model=candidate.model, images=images, train=train)
     config = replace(config, seed=seed)
-    if options.deterministic and config.use_gpu == "yes":
-        raise UsageError("--deterministic: pooling of regions and upsampling have no such form on a GPU; leave it out")
     board = None if local else Remote(PlanBoard, local=False, num_cpus=0)
     shared = Shared(problem, local=local)
     streams = DenseStreams(config, shared, problem.num_test, schedule, board)
@@ -443,7 +477,8 @@ def rows(
     """The rows of the scorecard: means over the trials, and their spread where there are several."""
     results = measure(options, candidate, problem, what)
     network = candidate.model.architecture
-    said = [*candidate.notes, results[0]["note"], "" if network == "resnet50" else f"{network} instead of resnet50", *notes]
+    trained = dict.fromkeys(result["note"] for result in results)
+    said = [*candidate.notes, *trained, "" if network == "resnet50" else f"{network} instead of resnet50", *notes]
     return [
         Row(
             benchmark=benchmark,

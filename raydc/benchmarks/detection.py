@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from raydc.benchmarks import augment, dense
+from raydc.benchmarks import augment, dense, pictures
 from raydc.benchmarks.boxes import AnnotatedImage, DetectionSet, check_images, decode_masks, read_coco, read_voc_detection
 from raydc.benchmarks.dense import Problem, Sample, Schedule, read_pixels
 from raydc.benchmarks.options import Detection
@@ -26,6 +27,7 @@ from raydc.training import Compute
 COCO_COLUMNS = ("AP", "AP50", "AP75")
 MASK_COLUMNS = ("mask AP", "mask AP50", "mask AP75")
 VOC_COLUMNS = ("VOC07 AP", "VOC07 AP50", "VOC07 AP75")
+LIKELY = 0.5  # score from which a detection is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ class DetectionProblem(Problem):
     wanted: np.ndarray
     preset: Preset
     regions: int = 0
+    fixed_shapes: ClassVar[bool] = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -148,9 +151,24 @@ class DetectionProblem(Problem):
         return sum(losses.values())
 
     def find(self, model: nn.Module, sample: Sample, compute: Compute) -> Detections:
+        found = self._detect(model, sample, compute)
+        arrays = {key: found[key].numpy() for key in ("boxes", "scores", "labels")}
+        return Detections(**arrays, masks=encode(found["masks"].numpy()) if self.preset.masked else None)
+
+    def _detect(self, model: nn.Module, sample: Sample, compute: Compute) -> Sample:
         (found,) = model([sample["pixels"].to(compute.device)], sizes=[tuple(sample["size"].tolist())])
-        arrays = {key: found[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
-        return Detections(**arrays, masks=encode(found["masks"].cpu().numpy()) if self.preset.masked else None)
+        return {key: value.cpu() for key, value in found.items()}
+
+    def picture(self, model: nn.Module, image_id: int, compute: Compute) -> torch.Tensor:
+        """Without detections that are unlikely."""
+        image = self.test.images[image_id]
+        pixels, found = _read(self.test, image), self._detect(model, self.test_sample(image_id), compute)
+        kept = found["scores"] >= LIKELY
+        masks = (torch.from_numpy(decode_masks(image)).bool(), found["masks"][kept]) if self.preset.masked else (None, None)
+        names = self.test.classes
+        truth = pictures.with_boxes(pixels, torch.from_numpy(image.boxes), image.labels.tolist(), names, masks[0])
+        answer = pictures.with_boxes(pixels, found["boxes"][kept], found["labels"][kept].tolist(), names, masks[1])
+        return pictures.pair(truth, answer)
 
     def figures(self, found: list[Detections]) -> dict[str, float]:
         figures = coco_precision(found, self.test.images, masks=self.preset.masked)
@@ -171,8 +189,8 @@ def _read(dataset: DetectionSet, image: AnnotatedImage) -> torch.Tensor:
 def _target(sample: Sample, device: torch.device) -> Sample:
     target = {key: sample[key].to(device) for key in ("boxes", "labels")}
     if "packed" in sample:
-        width = sample["pixels"].shape[-1]
-        target["masks"] = torch.from_numpy(np.unpackbits(sample["packed"].numpy(), axis=2, count=width)).to(device)
+        bits = sample["packed"].to(device)[..., None] >> torch.arange(7, -1, -1, device=device, dtype=torch.uint8) & 1
+        target["masks"] = bits.flatten(-2)[..., : sample["pixels"].shape[-1]]
     return target
 
 
@@ -181,11 +199,19 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
     published = PRESETS[options.preset]
     preset = published.at(options.min_size)
     train, test = (preset.read(options.data, split) for split in preset.splits)
-    for dataset in (train, test):
-        check_images(dataset)
+    if train.classes != test.classes:
+        raise UsageError(
+            f"{train.folder.uri}: {train.split} and {test.split} list other classes, or in another order; give annotations "
+            "of one set"
+        )
     wanted = np.flatnonzero([learnable(image).any() for image in train.images])
-    if not len(wanted):
-        raise UsageError(f"no image of {train.folder.uri} has an object to learn from; give annotations with objects")
+    for dataset in (train, test):
+        if not any(learnable(image).any() for image in dataset.images):
+            raise UsageError(
+                f"no image of {dataset.folder.uri}, {dataset.split}, has an object that is asked for (crowds and difficult "
+                "ones are not); give annotations with objects"
+            )
+        check_images(dataset)
     schedule = preset.schedule.given(options)
     if preset.epochs and not options.max_iters:
         steps = preset.epochs * -(-len(wanted) // schedule.batch_size)
@@ -206,7 +232,10 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
     changed += [f"short side {preset.test_side} instead of {published.test_side} pixels"] if options.min_size else []
     changed += [f"{options.regions} instead of 512 regions an image"] if options.regions else []
     full = counts == OFFICIAL[published.data] and not changed
-    more = [f"{split}: {note}" for split, one in zip(preset.splits, (train, test), strict=True) for note in one.notes]
+    left_out = len(train.images) - len(wanted)
+    changed += ["anchors of 32 to 512 pixels all the same"] if options.min_size else []
+    more = [f"{left_out:,} training images without an object to learn from are left out"] if left_out else []
+    more += [f"{split}: {note}" for split, one in zip(preset.splits, (train, test), strict=True) for note in one.notes]
     name = f"detection_{published.data}"
     what = f"{name} of {candidate.name} on {data}"
     facts = {"backbone": candidate.fingerprint, "data": "/".join(_fingerprint(one) for one in (train, test))}
@@ -214,6 +243,7 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
         options,
         facts,
         lambda: dense.rows(options, candidate, problem, name, data=data, what=what, full=full, notes=[*changed, *more]),
+        free=("micro_batch",),
     )
 
 
@@ -222,6 +252,9 @@ def _fingerprint(dataset: DetectionSet) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for image in dataset.images:
         digest.update(f"{image.path} {image.height} {image.width}".encode())
-        for values in (image.boxes, image.labels, learnable(image)):
+        for values in (image.boxes, image.labels, image.crowd, image.difficult):
             digest.update(values.tobytes())
+        for mask in image.masks or ():
+            for part in mask if isinstance(mask, tuple) else (mask,):
+                digest.update(part.tobytes())
     return digest.hexdigest()

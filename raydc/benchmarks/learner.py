@@ -219,11 +219,15 @@ class Session:
         """SyncBN where it exists (CUDA, several workers), and a sentence that says which it is."""
         if not batchnorms(model):
             return model, ""
-        if self.worker.world_size == 1:
-            return model, "BatchNorm over the whole batch (one worker)"
+        world, train = self.worker.world_size, self.config.train
+        share = train.batch_size // world
+        at_once = min(train.micro_batch or share, share)
+        few = f", {at_once} of {share} images at a time" if at_once < share else ""
+        if world == 1:
+            return model, f"BatchNorm over the {'whole ' * (not few)}batch (one worker){few}"
         if self.worker.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model), f"SyncBN over {self.worker.world_size} workers"
-        return model, f"BatchNorm of each of {self.worker.world_size} CPU workers, not SyncBN"
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model), f"SyncBN over {world} workers{few}"
+        return model, f"BatchNorm of each of {world} CPU workers, not SyncBN{few}"
 
 
 class Learner(Session):

@@ -270,9 +270,16 @@ def _read_ids(data: bytes, place: str) -> np.ndarray:
 
 
 def check_labels(dataset: SegmentationSet) -> None:
-    """Reads every mask: known ids, and the size of its image, else UsageError; before a run rather than in it."""
+    """Reads all masks and images, before a run rather than in it: known ids, equal sizes, some pixel with a class.
+
+    Else UsageError.
+    """
+    labelled = np.zeros(len(dataset.labels), bool)
 
     def fault(index: int) -> None:
-        read_labels(dataset, index, image_size(dataset.folder, dataset.images[index]))
+        labels = read_labels(dataset, index, image_size(dataset.folder, dataset.images[index]))
+        labelled[index] = (labels != dataset.ignore).any()
 
     refuse_faults(dataset.folder, dataset.labels, fault)
+    if not labelled.any():
+        raise UsageError(f"no pixel of {dataset.folder.uri}, {dataset.split}, has a class; give masks with classes")

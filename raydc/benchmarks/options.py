@@ -247,7 +247,11 @@ class Dense(Setting):
         for name in ("max_iters", "batch_size", "micro_batch", "lr", "rounds", "eval_every"):
             self._at_least(name, 0)
         self._at_least("trials", 1)
-        self._whole_batches()
+        check(not self.size, f"size {self.size} means nothing to detection and segmentation; give --min-size or --crop-size")
+        check(
+            not self.deterministic or self.use_gpu == "no",
+            "deterministic: pooling of regions and upsampling have no such form on a GPU; give --use-gpu no with it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,9 +267,10 @@ class Detection(Dense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("min_size", 32), ("regions", 4)):
-            good = getattr(self, name) == 0 or getattr(self, name) >= least
-            check(good, f"{name} is {getattr(self, name)}; give {least} or more, or 0 for the preset's")
+        good = self.min_size == 0 or self.min_size >= 64  # below it no anchor lies inside an image
+        check(good, f"min_size is {self.min_size}; give 64 or more, or 0 for the preset's")
+        good = self.regions == 0 or 4 <= self.regions < 512
+        check(good, f"regions is {self.regions}; give 4 to 511, or 0 for the preset's")
 
 
 @dataclass(frozen=True, kw_only=True)

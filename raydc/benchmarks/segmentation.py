@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from raydc.benchmarks import augment, dense, masks
+from raydc.benchmarks import augment, dense, masks, pictures
 from raydc.benchmarks.dense import Problem, Sample, Schedule, read_pixels
 from raydc.benchmarks.features import image_files
 from raydc.benchmarks.masks import SegmentationSet, check_labels, read_labels
@@ -86,6 +87,7 @@ class SegmentationProblem(Problem):
     test: SegmentationSet
     preset: Preset
     fill: tuple[int, int, int]
+    fixed_shapes: ClassVar[bool] = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -110,10 +112,18 @@ class SegmentationProblem(Problem):
 
     def find(self, model: nn.Module, sample: Sample, compute: Compute) -> np.ndarray:
         """Pixels by true and predicted class."""
-        labels = sample["labels"].numpy()
+        predicted = self._predict(model, sample, compute)
+        return confusion(predicted.numpy(), sample["labels"].numpy(), len(self.test.classes))
+
+    def _predict(self, model: nn.Module, sample: Sample, compute: Compute) -> torch.Tensor:
+        """uint8 of the labels' size."""
         window = {"window": self.preset.window, "stride": self.preset.stride}
-        predicted = predict(model, sample["pixels"].to(compute.device), labels.shape, **window)
-        return confusion(predicted.cpu().numpy(), labels, len(self.test.classes))
+        return predict(model, sample["pixels"].to(compute.device), tuple(sample["labels"].shape), **window).cpu()
+
+    def picture(self, model: nn.Module, image_id: int, compute: Compute) -> torch.Tensor:
+        pixels, sample = _read(self.test, image_id)[0], self.test_sample(image_id)
+        both = (sample["labels"], self._predict(model, sample, compute))
+        return pictures.pair(*(pictures.with_classes(pixels, labels, len(self.test.classes)) for labels in both))
 
     def figures(self, found: list[np.ndarray]) -> dict[str, float]:
         """mIoU, and the IoU of each class that the images show."""
@@ -156,6 +166,7 @@ def run(options: Segmentation, candidate: Candidate) -> list[Row]:
         options,
         facts,
         lambda: dense.rows(options, candidate, problem, name, data=data, what=what, full=full, notes=[*changed, *more]),
+        free=("micro_batch",),
     )
 
 

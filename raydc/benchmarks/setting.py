@@ -31,12 +31,14 @@ OFFICIAL_SIZE = 224  # pixels, of every published row
 LISTED = 5  # keys that an error names before it only counts
 
 
-def once(options: Setting, facts: dict[str, str], measure: Callable[[], list[Row]], *, cpus: int = 0) -> list[Row]:
+def once(
+    options: Setting, facts: dict[str, str], measure: Callable[[], list[Row]], *, cpus: int = 0, free: Sequence[str] = ()
+) -> list[Row]:
     """The rows that this run directory holds; else what ``measure`` finds, written down. Only that needs Ray.
 
-    ``facts``: see ``claim``; ``cpus``: see ``attach``.
+    ``facts``, ``free``: see ``claim``; ``cpus``: see ``attach``.
     """
-    claim(options, facts)
+    claim(options, facts, others=free)
     if rows := scorecard.read(options.folder):
         print(f"{options.folder.uri} has these figures already", flush=True)
         return rows

@@ -204,11 +204,14 @@ class _Anchors(AnchorGenerator):
 
 
 class _RpnHead(RPNHead):
-    """float32 under autocast too; N(0, .01) and 0 are torchvision's own fresh weights."""
+    """In float32 also under autocast, whose 8 bits would make ties of thousands of scores.
+
+    N(0, .01) and 0 are torchvision's own fresh weights.
+    """
 
     def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        scores, deltas = super().forward(x)
-        return [one.float() for one in scores], [one.float() for one in deltas]
+        with torch.autocast(x[0].device.type, enabled=False):
+            return super().forward(x)
 
 
 class _RpnMatcher(Matcher):
@@ -296,7 +299,11 @@ class RoIPool(nn.Module):
 
 
 class _Regions(RoIHeads):
-    """Head of the regions, with masks where it is given their layers."""
+    """Head of the regions, with masks where it is given their layers.
+
+    The reference's Mask R-CNN also lets an object's best region count below ROI_IOU. Objects are themselves among the
+    proposals, so that could only pick a region of the same overlap; it is left out.
+    """
 
     def __init__(self, pool: RoIPool, head: nn.Module, predictor: FastRCNNPredictor, **masks: nn.Module) -> None:
         super().__init__(
@@ -316,8 +323,9 @@ class _Regions(RoIHeads):
         return self._with_masks(features, found, image_shapes) if self.has_mask() else found, {}
 
     def _classify(self, maps: Maps, boxes, shapes) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(maps, boxes, shapes)))
-        return logits.float(), deltas.float()
+        pooled = self.box_head(self.box_roi_pool(maps, boxes, shapes))
+        with torch.autocast(pooled.device.type, enabled=False):  # scores in float32, for the same reason as the RPN's
+            return self.box_predictor(pooled.float())
 
     def _losses(self, maps: Maps, proposals, shapes, targets) -> dict[str, torch.Tensor]:
         boxes, matched, labels, goals = self.select_training_samples(proposals, targets)

@@ -119,7 +119,7 @@ def test_both_years_in_order_of_their_lists(voc):
     assert dataset.images[0].boxes.tolist() == [[0, 0, 19, 9], [4, 1, 8, 7]]  # and not the boxes of parts
     assert dataset.images[1].boxes.shape == (0, 4) and dataset.num_empty == 1
     assert dataset.images[2].boxes.tolist() == [[44, 0, 49, 4]]
-    assert dataset.notes == ("1 image(s) have no objects; they stay",)
+    assert dataset.notes == ("1 image(s) have no objects",)
     assert read_voc_detection(f"file://{voc}").images[2].path == dataset.images[2].path
 
 

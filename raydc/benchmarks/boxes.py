@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raydc.benchmarks.annotations import AnnotatedImage, AnnotatedImages, Mask
 from raydc.benchmarks.datasets import IMAGES, LISTS, VOC_CLASSES
 from raydc.config import UsageError
 from raydc.data.decode import UnreadableImage, decode
@@ -35,28 +36,6 @@ COUNTED = {
     "clipped": "box(es) reach over the edge of their image and are cut there",
 }
 
-Mask = tuple[np.ndarray, ...] | np.ndarray
-"""A tuple is polygons, float64 (points, 2) as x, y; an array is runs, uint32, down the columns, the first one outside."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AnnotatedImage:
-    """One image; ``path`` is relative to the set's folder."""
-
-    path: str
-    width: int
-    height: int
-    boxes: np.ndarray
-    """float32 (n, 4), each inside the image and with an area."""
-    labels: np.ndarray
-    """int64 (n,), from 0."""
-    difficult: np.ndarray
-    """bool (n,): VOC's objects that no one is asked to find."""
-    crowd: np.ndarray
-    """bool (n,): COCO's regions of many objects."""
-    masks: tuple[Mask, ...] | None
-    """n of them, still encoded; None in VOC."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionSet:
@@ -65,7 +44,7 @@ class DetectionSet:
     folder: Folder
     split: str
     classes: tuple[str, ...]
-    images: tuple[AnnotatedImage, ...]
+    images: AnnotatedImages
     notes: tuple[str, ...]
     num_empty: int
     num_without_area: int
@@ -318,7 +297,9 @@ def _inside(one: _Object, width: int, height: int, counts: Counter) -> np.ndarra
 def _detection_set(folder, split, classes, images: list[AnnotatedImage], counts: Counter, notes: list[str]) -> DetectionSet:
     notes = notes + [f"{counts[key]:,} {phrase}" for key, phrase in COUNTED.items() if counts[key]]
     numbers = {f"num_{key}": counts[key] for key in COUNTED}
-    return DetectionSet(folder=folder, split=split, classes=classes, images=tuple(images), notes=tuple(notes), **numbers)
+    return DetectionSet(
+        folder=folder, split=split, classes=classes, images=AnnotatedImages(images), notes=tuple(notes), **numbers
+    )
 
 
 def as_folder(folder: Folder | os.PathLike | str) -> Folder:

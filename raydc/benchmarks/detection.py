@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from raydc.benchmarks import augment, dense, pictures
-from raydc.benchmarks.boxes import AnnotatedImage, DetectionSet, check_images, decode_masks, read_coco, read_voc_detection
+from raydc.benchmarks.annotations import AnnotatedImage
+from raydc.benchmarks.boxes import DetectionSet, check_images, decode_masks, read_coco, read_voc_detection
 from raydc.benchmarks.dense import Problem, Sample, Schedule, read_pixels
 from raydc.benchmarks.options import Detection
 from raydc.benchmarks.precision import Detections, coco_precision, encode, voc07_precision
@@ -166,7 +167,7 @@ class DetectionProblem(Problem):
         kept = found["scores"] >= LIKELY
         masks = (torch.from_numpy(decode_masks(image)).bool(), found["masks"][kept]) if self.preset.masked else (None, None)
         names = self.test.classes
-        truth = pictures.with_boxes(pixels, torch.from_numpy(image.boxes), image.labels.tolist(), names, masks[0])
+        truth = pictures.with_boxes(pixels, torch.tensor(image.boxes), image.labels.tolist(), names, masks[0])
         answer = pictures.with_boxes(pixels, found["boxes"][kept], found["labels"][kept].tolist(), names, masks[1])
         return pictures.pair(truth, answer)
 

@@ -14,7 +14,7 @@ from faster_coco_eval import COCO
 from faster_coco_eval.core import mask as coco_masks
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-from raydc.benchmarks.boxes import AnnotatedImage, Mask
+from raydc.benchmarks.annotations import AnnotatedImage, Mask
 from raydc.benchmarks.masks import IGNORE_MASK
 from raydc.config import RunError
 

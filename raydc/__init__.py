@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 __version__ = "0.1.0"
+
+# Before Ray is imported by any part of the package: local workers are started with this very interpreter (not through `uv
+# run`, which would build the environment again for each job), and compete with nobody at a lower priority.
+for _name, _value in {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",  # as they should be
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 # Resolved when they are asked for: importing a part of the package must not import Ray and torch.
 _PUBLIC = {

@@ -1,9 +1,12 @@
 """A room imports only from rooms below it, and the lower rooms stay light."""
 
+import os
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import raydc
 
@@ -51,3 +54,12 @@ def test_the_bank_loads_neither_engine():
 def test_the_package_and_its_configuration_are_light():
     light = ("raydc", "raydc.config", "raydc.recipes")
     assert loaded("ray,torch,faiss,numpy,sklearn", *light) == {name: [] for name in light}
+
+
+@pytest.mark.parametrize("first", ["raydc.benchmarks.everything", "raydc.data.stream", "raydc.launch"])
+def test_rays_environment_is_set_whatever_is_imported_first(first):
+    """Ray reads it when it is imported; workers would else start through `uv run`, each building the environment anew."""
+    code = f"import {first}, ray._private.ray_constants as found; print(found.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, check=True)
+    assert done.stdout.strip() == "False"

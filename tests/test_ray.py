@@ -15,9 +15,10 @@ import torch.distributed as dist
 from tiny import assert_same_assignments, assignments, tiny
 
 from raydc import checkpoint, deepcluster, launch, prepare
-from raydc.benchmarks import semisup
+from raydc.benchmarks import dense, segmentation, semisup
+from raydc.benchmarks.dense import loop as dense_loop
 from raydc.benchmarks.learner import Learner
-from raydc.benchmarks.options import Semisup
+from raydc.benchmarks.options import Segmentation, Semisup
 from raydc.benchmarks.setting import open_backbone
 from raydc.checkpoint import weights_hash
 from raydc.clustering.assignment import Assignment
@@ -279,3 +280,29 @@ def test_a_killed_worker_changes_no_figure_of_a_benchmark(two_workers, tmp_path,
     assert rows == whole
     one, other = (open_backbone(str(tmp_path / name)).fingerprint for name in ("whole", "killed"))
     assert one == other
+
+
+def segmentation_killed_once(job: Job):
+    """The loop of detection and segmentation, but its worker is killed at the end of round 1."""
+    marker, commit = Path(job.run_dir.root, "killed"), dense.DenseSession.commit
+
+    def killed(session, number, metrics):
+        if number == 1 and not marker.exists():
+            marker.write_text("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        commit(session, number, metrics)
+
+    dense.DenseSession.commit = killed
+    return dense_loop(job)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_no_figure_of_segmentation(two_workers, tmp_path, real_data, monkeypatch, capsys):
+    candidate = open_backbone(str(two_workers))
+    few = {"preset": "camvid_fcn", "max_iters": 6, "rounds": 3, "batch_size": 4, "crop_size": 64, "threads": 1}
+    given = {"backbone": "", "data": str(real_data / "camvid"), "num_workers": 1} | few
+    whole = segmentation.run(Segmentation(run_dir=str(tmp_path / "whole"), **given), candidate)
+    monkeypatch.setattr(dense, "loop", segmentation_killed_once)
+    rows = segmentation.run(Segmentation(run_dir=str(tmp_path / "killed"), **given), candidate)
+    assert (tmp_path / "killed" / "trial_0" / "killed").exists() and "a worker died" in capsys.readouterr().out
+    assert rows == whole

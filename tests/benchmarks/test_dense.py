@@ -1,12 +1,8 @@
 """Detection and segmentation from real images to a row: the published numbers, resuming, workers, and bad input."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,34 +299,6 @@ def test_a_detector_trains_on_two_workers_also_where_one_has_no_object(outlines,
     asked = options(Detection, tmp_path / "run", str(place), preset="coco_mask_rcnn_fpn_1x", **few)
     rows = detection.run(asked, open_backbone(backbone))
     assert "BatchNorm of each of 2 CPU workers, not SyncBN" in rows[0].notes
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_comes_back(streets, backbone, tmp_path, local_ray):
-    """Twice the same commands, one of them with a SIGKILL: the same rows."""
-    found = []
-    for name in ("whole", "killed"):
-        asked = street_options(tmp_path / name, streets, num_workers=1, max_iters=12, rounds=3, batch_size=4)
-        killer = threading.Thread(target=_kill_worker, args=(tmp_path / name,), daemon=True)
-        if name == "killed":
-            killer.start()
-        found.append(segmentation.run(asked, open_backbone(backbone)))
-        if name == "killed":
-            killer.join(timeout=5)
-            assert not killer.is_alive()
-    assert found[0][0].value == pytest.approx(found[1][0].value, abs=5)  # samples may change places in a batch
-
-
-def _kill_worker(run_dir: Path) -> None:
-    """The training worker, once the first round is committed."""
-    import ray
-    from ray.util.state import list_actors
-
-    while not list(run_dir.glob("trial_0/checkpoints/epoch_0000/state.pt")):
-        time.sleep(0.05)
-    workers = [one for one in list_actors() if one.class_name == "RayTrainWorker" and one.state == "ALIVE"]
-    assert ray.is_initialized() and workers
-    os.kill(workers[0].pid, signal.SIGKILL)
 
 
 def test_cityscapes_slides_its_window_over_real_frames(real_data, backbone, tmp_path):

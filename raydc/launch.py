@@ -345,6 +345,8 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
     """
     if not job.config.verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
+    if num_workers:  # processes that import torch, and streams: seconds, or minutes on a busy machine
+        print(f"starting {num_workers} worker{'s' * (num_workers > 1)} ...", flush=True)
     for attempt in range(max_failures + 1):
         try:
             with Console(job.board):

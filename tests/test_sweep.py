@@ -17,11 +17,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sweep(place: Path, *more: str) -> subprocess.CompletedProcess:
-    arguments = ["--backbone", place / "run", "--data", place / "shards", "--run-dir", place / "sweep"]
+    arguments = ["--backbone", place / "run", "--data", place / "shards", "--run-dir", "sweep"]
     fields = ["--fraction", "0.2", "--epochs", "6", "--lr", "1e-1", "1e30", "--head-factor", "1", "10"]
     command = [sys.executable, SCRIPT, *arguments, *fields, *more]
+    # A relative run directory, for trials work elsewhere.
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, env=environment)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, env=environment, cwd=place)
 
 
 @pytest.fixture(scope="module")

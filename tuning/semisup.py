@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def _job(sweep: Sweep) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from raydc.benchmarks import learner, scorecard, semisup, setting
 
+    sweep = replace(sweep, run_dir=sweep.folder.uri)  # a trial's process has another working directory
     candidate = setting.open_backbone(sweep.backbone, sweep.arch, sweep.seed, setting.networks(RECIPES)).at(sweep.size)
     data = learner.open_shards(sweep.data)
     ids = semisup.choose_ids(sweep, data)
@@ -130,15 +132,15 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     sweep.folder.delete_folder("ray")
     done = finished(sweep)
     left = {name_of(result.config): result for result in results if tuple(result.config["point"]) not in done}
-    stopped |= {name: why(result) for name, result in left.items() if result.error is None}
-    if stopped:
+    if sweep.asha:
+        stopped |= {name: why(result) for name, result in left.items() if result.error is None}
         sweep.folder.write_json(STOPPED, stopped)
     return {name: why(result) for name, result in left.items()} | stopped
 
 
 def stopped_early(sweep: Sweep) -> dict[str, str]:
-    """Trials that ASHA gave up, which are not begun again."""
-    return sweep.folder.read_json(STOPPED) if sweep.folder.exists(STOPPED) else {}
+    """Trials that ASHA gave up, which are not begun again while it is asked for."""
+    return sweep.folder.read_json(STOPPED) if sweep.asha and sweep.folder.exists(STOPPED) else {}
 
 
 def name_of(config: dict) -> str:
@@ -164,8 +166,6 @@ def scheduler(sweep: Sweep):
 
 def shared_images(sweep: Sweep, candidate, data, ids):
     """The decoded images, once for all trials of a node; None where they are streamed by each trial's workers."""
-    from dataclasses import replace
-
     from raydc.benchmarks import semisup
     from raydc.config import UsageError
 
@@ -215,13 +215,15 @@ def progress_callback():
     from ray import tune
 
     class Progress(tune.Callback):
+        ended = 0
+
         def on_trial_result(self, iteration, trials, trial, result, **info):
             figures = f"epoch {result['epoch']:>3}  Top-1 {result['top1']:.2f}  Top-5 {result['top5']:.2f}"
             print(f"{name_of(trial.config):<18}{figures}", flush=True)
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            ended = sum(one.is_finished() for one in trials)
-            print(f"{name_of(trial.config):<18}ended; {ended} of {len(trials)} trials have", flush=True)
+            self.ended += 1
+            print(f"{name_of(trial.config):<18}ended, the {self.ended}. to do so", flush=True)
 
         def on_trial_error(self, iteration, trials, trial, **info):
             print(f"{name_of(trial.config):<18}failed; the others go on", flush=True)

@@ -247,7 +247,7 @@ class Dense(Setting):
         for name in ("max_iters", "batch_size", "micro_batch", "lr", "rounds", "eval_every"):
             self._at_least(name, 0)
         self._at_least("trials", 1)
-        check(not self.size, f"size {self.size} means nothing to detection and segmentation; give --min-size or --crop-size")
+        check(not self.size, f"size {self.size} means nothing here; detection has --min-size and segmentation --crop-size")
         check(
             not self.deterministic or self.use_gpu == "no",
             "deterministic: pooling of regions and upsampling have no such form on a GPU; give --use-gpu no with it",

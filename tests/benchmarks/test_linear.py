@@ -114,13 +114,13 @@ def test_jitter_leaves_the_crop_where_it_is():
     gray = torch.full((5, 3, 8, 8), 100.0)
     gray[:, :, :4] = 20.0
     ids = np.arange(5)
-    ((seen, pixels),) = with_jitter([(ids, gray)], config, seed=3)
+    ((seen, pixels),) = with_jitter([(ids, gray)], config=config, seed=3)
     np.testing.assert_array_equal(seen, ids)
     assert torch.equal(pixels[:, :3], gray)
     jittered = pixels[:, 3:]
     assert (jittered[:, :, :4].std((2, 3)) < 1e-3).all()  # each half of a flat image stays flat
     assert len({round(float(image[0, 0, 0]), 3) for image in jittered}) == 5  # and each image has colours of its own
-    ((_, again),) = with_jitter([(ids, gray)], config, seed=3)
+    ((_, again),) = with_jitter([(ids, gray)], config=config, seed=3)
     assert torch.equal(again, pixels)
 
 

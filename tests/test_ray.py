@@ -152,6 +152,7 @@ def test_a_killed_worker_changes_nothing(two_workers, tmp_path, capsys):
     assert "a worker died" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_going_on_with_another_number_of_workers(two_workers, tmp_path):
     """The committed labels of the epoch at hand stay; later epochs may differ (smaller batches in BatchNorm)."""
     deepcluster.pretrain(tiny(tmp_path, num_workers=2))
@@ -215,7 +216,7 @@ def lopsided(num: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-@pytest.mark.parametrize("decode", ["worker", "tasks"])
+@pytest.mark.parametrize("decode", ["worker", pytest.param("tasks", marks=pytest.mark.slow)])
 def test_a_stream_gives_every_draw_of_the_plan_once(tmp_path, decode):
     images = {"cache": "no", "decode": decode, "shuffle_buffer": 64}
     passes, epochs = fit(draws_loop, tiny(tmp_path, num_workers=2, images=images))

@@ -255,7 +255,7 @@ def test_the_backbones_weights_arrive(streets, backbone):
 )
 def test_detection_from_images_to_rows(preset, data, columns, backbone, tmp_path, request):
     place = request.getfixturevalue(data)
-    few = {"max_iters": 2, "rounds": 2, "batch_size": 2, "micro_batch": 1, "min_size": 96}
+    few = {"max_iters": 2, "rounds": 2, "batch_size": 2, "micro_batch": 1, "min_size": 96, "regions": 16}
     asked = options(Detection, tmp_path / "run", place, preset=preset, **few)
     rows = detection.run(asked, open_backbone(backbone))
     assert [row.column for row in rows] == columns

@@ -207,6 +207,7 @@ def test_only_the_chosen_images_are_trained_on(digits_shards, run_dir, tmp_path)
     assert counts.max() == 2
 
 
+@pytest.mark.slow
 def test_two_workers_leave_one_backbone(tmp_path, digits_shards, run_dir, local_ray):
     rows = semisup.run(options(tmp_path / "two", digits_shards, epochs=12, lr=0.1, num_workers=2), open_backbone(run_dir))
     assert rows[0].value > 20  # chance is 10

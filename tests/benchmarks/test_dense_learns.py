@@ -49,7 +49,7 @@ def test_boxes_of_voc(real_data, backbone, tmp_path):
         (tmp_path / "VOC2007" / folder).symlink_to(devkit / folder)
     for split in ("trainval", "test"):
         (lists / f"{split}.txt").write_text("\n".join(names))
-    few = {"max_iters": 500, "batch_size": 4, "min_size": SIDE, "regions": 64}
+    few = {"max_iters": 400, "batch_size": 4, "min_size": SIDE, "regions": 64}
     asked = options(Detection, tmp_path / "run", tmp_path, preset="voc0712_faster_rcnn_c4", **few)
     figures = {row.column: row.value for row in detection.run(asked, backbone)}
     print(figures)
@@ -67,7 +67,7 @@ def test_boxes_and_masks_of_coco(real_data, backbone, tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}2017").symlink_to(real_data / "coco" / "train2017")
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-    few = {"max_iters": 600, "batch_size": 4, "min_size": SIDE, "regions": 64}
+    few = {"max_iters": 600, "batch_size": 2, "min_size": SIDE, "regions": 32}
     asked = options(Detection, tmp_path / "run", tmp_path, preset="coco_mask_rcnn_fpn_1x", **few)
     figures = {row.column: row.value for row in detection.run(asked, backbone)}
     print(figures)
@@ -97,7 +97,7 @@ def test_masks_of_voc(real_data, tmp_path):
         (lists / f"{split}.txt").write_text("\n".join(names))
     model = ModelConfig(architecture="resnet18", width=32)
     checkpoint.save_backbone(Folder(tmp_path / "net"), build_backbone(model, 0), Config(model=model, images=ImagesConfig()))
-    few = {"max_iters": 1500, "batch_size": 8, "crop_size": 128}
+    few = {"max_iters": 1200, "batch_size": 8, "crop_size": 128}
     asked = options(Segmentation, tmp_path / "run", tmp_path / "VOC2012", preset="voc12aug_fcn_20k", **few)
     (row,) = segmentation.run(asked, open_backbone(str(tmp_path / "net")))
     print(row.value)

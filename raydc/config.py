@@ -37,16 +37,35 @@ def _check_choices(section: str, config) -> None:
             check(value in choices, f"{section}{name} is {value!r}; give {', '.join(choices)}")
 
 
+NOT_NEGATIVE = ("final_lr", "warmup_epochs", "warmup_lr", "reweight_power", "larc")  # of TrainConfig
+# What an algorithm leaves no choice in.
+NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepcluster": {},
+    "deepcluster_v2": {
+        "clustering.features": ("remembered",),
+        "clustering.method": ("kmeans", "spherical"),
+        "train.head": ("centroids",),
+        "train.balance": ("uniform", "none"),
+    },
+    "odc": {
+        "clustering.features": ("remembered",),
+        "clustering.method": ("kmeans", "spherical"),
+        "train.head": ("matched",),
+        "train.balance": ("reweight", "none"),
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The backbone."""
 
-    architecture: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18"
-    """Layers of the residual network; resnet10 has one basic block a stage."""
+    architecture: Literal["resnet10", "resnet18", "resnet34", "resnet50", "alexnet", "vgg16"] = "resnet18"
+    """resnet10 has one basic block a stage; alexnet and vgg16 are the paper's, with BatchNorm; their feature is fc7."""
     width: int = 64
-    """Channels of the first stage; 64 is torchvision's network."""
+    """64 is the published network; another number scales all channels (of a residual network's first stage: it is them)."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """imagenet: 7x7 convolution of stride 2 and a max-pool; small: one 3x3 convolution."""
+    """imagenet: the published network's; small: one 3x3 convolution and no max-pool after it, for images of 32 pixels."""
     stem_stride: int = 2
     """Stride of the small stem."""
     sobel: bool = False
@@ -140,21 +159,43 @@ class ImagesConfig:
 class ClusteringConfig:
     """How features become pseudo-labels."""
 
+    method: Literal["kmeans", "spherical", "pic"] = "kmeans"
+    """kmeans: the paper's; spherical: by cosine, with centroids of length one (DeepCluster-v2); pic: power iteration
+    clustering of the graph of nearest neighbours, which finds the number of clusters itself."""
+    features: Literal["fresh", "remembered"] = "fresh"
+    """fresh: an extraction pass before each clustering; remembered: the feature each image had when it was last trained
+    on, which saves the pass; one pass before the first epoch fills them."""
+    start: Literal["cold", "warm"] = "cold"
+    """Where k-means begins: at random images, or at the means of today's features under the last labels."""
     num_clusters: int = 0
     """k; 0 takes num_images // 128 (10,000 on ImageNet, as in the paper). Not the number of classes: far more."""
     pca_dim: int = 256
-    """Dimensions kept by the PCA (at most the feature's)."""
+    """Dimensions kept by the PCA (at most the feature's); 0: no PCA, the features as they are, at length one."""
     whiten: bool = True
     """Divide each kept direction by its standard deviation."""
     iterations: int = 20
     """Iterations of k-means."""
+    neighbours: int = 5
+    """PIC: neighbours of each image in the graph."""
+    sigma: float = 0.2
+    """PIC: width of the Gaussian of the distance between neighbours."""
 
     def __post_init__(self) -> None:
         _check_choices("clustering.", self)
         check(self.num_clusters != 1, "clustering.num_clusters is 1; give 2 or more, or 0 for num_images // 128")
         check(self.num_clusters >= 0, f"clustering.num_clusters is {self.num_clusters}; give 2 or more, or 0")
-        check(self.pca_dim >= 1, f"clustering.pca_dim is {self.pca_dim}; give at least 1")
+        check(self.pca_dim >= 0, f"clustering.pca_dim is {self.pca_dim}; give 1 or more, or 0 for no PCA")
         check(self.iterations >= 1, f"clustering.iterations is {self.iterations}; give at least 1")
+        check(self.neighbours >= 1, f"clustering.neighbours is {self.neighbours}; give at least 1")
+        check(self.sigma > 0, f"clustering.sigma is {self.sigma}; give a positive number")
+        check(
+            self.pca_dim > 0 or not self.whiten,
+            "clustering.whiten needs the PCA that clustering.pca_dim 0 leaves out; give --clustering.no-whiten or a pca_dim",
+        )
+        check(
+            self.method != "pic" or self.start == "cold",
+            "clustering.method pic has no centroids for clustering.start warm; give cold or another method",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +208,27 @@ class TrainConfig:
     """Images in a step, over all workers."""
     plan_length: float = 1.0
     """Draws between two clusterings, in multiples of the number of images (the original's --reassign)."""
-    balance: Literal["uniform", "none"] = "uniform"
-    """uniform: draw uniformly over the non-empty clusters; none: every image once."""
+    balance: Literal["uniform", "reweight", "none"] = "uniform"
+    """uniform: draw uniformly over the non-empty clusters; reweight: every image once, its loss weighted by its cluster's
+    size; none: every image once."""
+    reweight_power: float = 0.5
+    """Weights are the clusters' sizes to minus this power (1: like uniform draws)."""
+    head: Literal["fresh", "matched", "centroids"] = "fresh"
+    """The head after a clustering. fresh: new weights (the paper's); matched: each cluster takes over the weights and
+    momentum of the cluster before that shares most images with it; centroids: made of the centroids, so that training
+    begins with scores that give the pseudo-labels."""
+    temperature: float = 0.1
+    """What scores of a head made of centroids are divided by."""
     lr: float = 0.05
     """Learning rate of SGD for a whole batch."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """constant, as in the paper; cosine falls to 0 at schedule_epochs; step falls by gamma at each of the milestones."""
+    """constant, as in the paper; cosine falls to final_lr at schedule_epochs; step falls by gamma at each of the milestones."""
+    final_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the rate rises evenly from warmup_lr; the cosine begins after them."""
+    warmup_lr: float = 0.0
+    """Where the warm-up begins."""
     schedule_epochs: int = 0
     """Length of the cosine where it is not the length of the run; 0: epochs."""
     milestones: tuple[float, ...] = ()
@@ -187,6 +243,8 @@ class TrainConfig:
     """Momentum of the head, forgotten at every reassignment; 0 in the references. Short epochs want the backbone's."""
     weight_decay: float = 1e-5
     """L2 penalty on all parameters, biases and BatchNorm too, as in the references."""
+    larc: float = 0.0
+    """LARC (You et al., 2017): each tensor's step is this share of its norm, times lr; 0: plain SGD."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     micro_batch: int = 0
@@ -202,16 +260,76 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choices("train.", self)
-        for name in ("epochs", "batch_size", "plan_length", "lr", "gamma"):
+        for name in ("epochs", "batch_size", "plan_length", "lr", "gamma", "temperature"):
             check(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}; give a positive number")
-        for name in ("momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
+        for name in (*NOT_NEGATIVE, "momentum", "head_momentum", "weight_decay", "clip_norm", "micro_batch", "threads"):
             check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; give 0 or more")
         check(not self.nesterov or self.momentum > 0, "train.nesterov needs train.momentum above 0; give one or the other")
         check(self.schedule != "step" or self.milestones, "train.schedule step needs train.milestones; give the epochs")
         check(
+            self.warmup_epochs <= (self.schedule_epochs or self.epochs),
+            f"train.warmup_epochs {self.warmup_epochs} is above train.epochs {self.epochs}; lower it",
+        )
+        check(
             self.schedule_epochs == 0 or self.schedule_epochs >= self.epochs,
             f"train.schedule_epochs {self.schedule_epochs} is below train.epochs {self.epochs}; raise it or give 0",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class V2Config:
+    """What DeepCluster-v2 adds (Caron et al., 2020, appendix): several crops, a projection and several heads."""
+
+    num_crops: tuple[int, ...] = (2, 4)
+    """Crops of an image in each step, of each size. The first two are remembered and clustered."""
+    crop_sizes: tuple[int, ...] = (160, 96)
+    """Sides of the crops, in pixels."""
+    min_scales: tuple[float, ...] = (0.08, 0.05)
+    """Least share of the image that a crop of each size covers."""
+    max_scales: tuple[float, ...] = (1.0, 0.14)
+    """Largest share of the image that a crop of each size covers."""
+    num_heads: int = 3
+    """Clusterings, and so losses, of an epoch; head h clusters the crop h mod 2."""
+    hidden_dim: int = 2048
+    """Width of the projection's hidden layer."""
+    projection_dim: int = 128
+    """Dimensions that are clustered."""
+
+    def __post_init__(self) -> None:
+        lists = {name: len(getattr(self, name)) for name in ("num_crops", "crop_sizes", "min_scales", "max_scales")}
+        different = [name for name in lists if lists[name] != lists["num_crops"]]
+        check(not different, f"v2.num_crops and v2.{', v2.'.join(different)} have different lengths; give one value a size")
+        check(min((*self.num_crops, 0)) >= 0 and sum(self.num_crops) >= 1, f"v2.num_crops is {self.num_crops}; give a crop")
+        check(min((*self.crop_sizes, 4)) >= 4, f"v2.crop_sizes is {self.crop_sizes}; give at least 4 pixels")
+        for low, high in zip(self.min_scales, self.max_scales, strict=True):
+            check(0 < low <= high <= 1, f"v2.min_scales {low} and v2.max_scales {high}: give 0 < min <= max <= 1")
+        for name in ("num_heads", "hidden_dim", "projection_dim"):
+            check(getattr(self, name) >= 1, f"v2.{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ODCConfig:
+    """What online deep clustering adds (Zhan et al., CVPR 2020): labels that change with each step."""
+
+    hidden_dim: int = 512
+    """Width of the neck's hidden layer."""
+    projection_dim: int = 256
+    """Dimensions that are remembered and clustered."""
+    dropout: float = 0.5
+    """Of the neck's hidden layer."""
+    momentum: float = 0.5
+    """Share of the new feature in what is remembered of an image."""
+    centroids_every: int = 10
+    """Steps between two updates of the centroids."""
+    min_cluster: int = 20
+    """Smaller clusters are dissolved; the largest cluster is split in their place."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "projection_dim", "centroids_every"):
+            check(getattr(self, name) >= 1, f"odc.{name} is {getattr(self, name)}; give at least 1")
+        check(0 <= self.dropout < 1, f"odc.dropout is {self.dropout}; give 0 to below 1")
+        check(0 < self.momentum <= 1, f"odc.momentum is {self.momentum}; give above 0 to 1")
+        check(self.min_cluster >= 0, f"odc.min_cluster is {self.min_cluster}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +370,8 @@ class Config:
 
     recipe: str = "custom"
     """Name of the recipe these settings come from."""
+    algorithm: Literal["deepcluster", "deepcluster_v2", "odc"] = "deepcluster"
+    """Which member of the family."""
     seed: int = 0
     """Where every random number begins."""
     data: str = ""
@@ -274,9 +394,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    v2: V2Config = field(default_factory=V2Config)
+    odc: ODCConfig = field(default_factory=ODCConfig)
 
     def __post_init__(self) -> None:
         _check_choices("", self)
+        self._check_algorithm()
         check(self.max_failures >= 0, f"max_failures is {self.max_failures}; give 0 or more")
         check(self.seed >= 0, f"seed is {self.seed}; give 0 or more")
         check(self.num_workers >= 0, f"num_workers is {self.num_workers}; give 0 or more")
@@ -285,6 +408,17 @@ class Config:
             self.train.batch_size % workers == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of num_workers {workers}; change one of them",
         )
+
+    def _check_algorithm(self) -> None:
+        """Each algorithm has choices that are not free; a UsageError names both fields."""
+        for field_name, needed in NEEDS[self.algorithm].items():
+            section, name = field_name.split(".")
+            value = getattr(getattr(self, section), name)
+            check(
+                value in needed,
+                f"algorithm {self.algorithm} excludes {field_name} {value}; give --{field_name.replace('_', '-')} "
+                f"{' or '.join(needed)}, or another algorithm",
+            )
 
 
 def to_dict(config) -> dict:

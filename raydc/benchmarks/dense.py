@@ -28,8 +28,9 @@ from raydc import launch, training
 from raydc.benchmarks import pictures
 from raydc.benchmarks.learner import Session, fit, job_config
 from raydc.benchmarks.options import Dense
-from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate
+from raydc.benchmarks.published import OFFICIAL
+from raydc.benchmarks.scorecard import SETS, Row
+from raydc.benchmarks.setting import Candidate, once
 from raydc.config import Config, ImagesConfig, RunError, TrainConfig, UsageError, check
 from raydc.data.decode import UnreadableImage, decode
 from raydc.data.stream import LosslessDataConfig, PlanBoard
@@ -212,7 +213,7 @@ def load_rows(table: pa.Table, problem: Shared, seed: int, board: Remote | None)
         ids, draws = Order(seed, held.num_train)(ids[ids < end - first] + first)
         made = [_encoded(training_sample, held, i, d, seed) for i, d in zip(ids, draws, strict=True)]
     else:
-        made = [_encoded(held.__class__.test_sample, held, int(i)) for i in ids]
+        made = [_encoded(held.test_sample, int(i)) for i in ids]
     samples, faults = ([one[part] for one in made] for part in (0, 1))
     return pa.table({"id": ids, "sample": pa.array(samples, pa.large_binary()), "fault": pa.array(faults, pa.string())})
 
@@ -236,11 +237,9 @@ def training_sample(problem: Problem, image_id: int, draw: int, seed: int) -> Sa
     return problem.training_sample(int(image_id), derive(seed, "augment", int(image_id), int(draw)))
 
 
-def _encoded(make: Callable[..., Sample], problem: Problem, image_id: int, *more) -> tuple[bytes | None, str | None]:
+def _encoded(make: Callable[..., Sample], *given) -> tuple[bytes | None, str | None]:
     try:
-        return safetensors.torch.save(
-            {key: value.contiguous() for key, value in make(problem, image_id, *more).items()}
-        ), None
+        return safetensors.torch.save({key: value.contiguous() for key, value in make(*given).items()}), None
     except (RunError, UsageError, OSError) as error:
         return None, str(error)
 
@@ -414,7 +413,7 @@ def loop(job: Job) -> dict | None:
             model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         ),
     )
-    every, figures = job.extras["eval_every"], {}
+    every = job.extras["eval_every"]
     for number in session.state.remaining(session.schedule.rounds):
         session.train(number)
         if every and (number + 1) % every == 0 and number + 1 < session.schedule.rounds:
@@ -464,18 +463,10 @@ def _job(options: Dense, candidate: Candidate, problem: Problem, folder: Folder,
 
 
 def rows(
-    options: Dense,
-    candidate: Candidate,
-    problem: Problem,
-    benchmark: str,
-    *,
-    data: str,
-    what: str,
-    full: bool,
-    notes: list[str],
+    options: Dense, candidate: Candidate, problem: Problem, benchmark: str, *, data: str, full: bool, notes: list[str]
 ) -> list[Row]:
     """The rows of the scorecard: means over the trials, and their spread where there are several."""
-    results = measure(options, candidate, problem, what)
+    results = measure(options, candidate, problem, f"{benchmark} of {candidate.name} on {data}")
     network = candidate.model.architecture
     trained = dict.fromkeys(result["note"] for result in results)
     said = [*candidate.notes, *trained, "" if network == "resnet50" else f"{network} instead of resnet50", *notes]
@@ -494,3 +485,28 @@ def rows(
         for column in problem.columns
         for values in [[result["figures"][column] for result in results]]
     ]
+
+
+def score(
+    options: Dense,
+    candidate: Candidate,
+    problem: Problem,
+    sets: dict[str, Any],
+    fingerprint: Callable[[Any], str],
+    family: str,
+    dataset: str,
+    *,
+    changed: list[str],
+    more: list[str],
+) -> list[Row]:
+    """The rows of the scorecard, measured once; ``sets`` by split; notes: ``changed`` of the protocol, and ``more``."""
+    benchmark, counts = f"{family}_{dataset}", {split: len(one.images) for split, one in sets.items()}
+    data = f"{SETS[benchmark]}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} images"
+    full = counts == OFFICIAL.get(dataset) and not changed
+    facts = {"backbone": candidate.fingerprint, "data": "/".join(map(fingerprint, sets.values()))}
+    return once(
+        options,
+        facts,
+        lambda: rows(options, candidate, problem, benchmark, data=data, full=full, notes=[*changed, *more]),
+        free=("micro_batch",),
+    )

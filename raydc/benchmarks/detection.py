@@ -17,9 +17,8 @@ from raydc.benchmarks.boxes import DetectionSet, check_images, decode_masks, rea
 from raydc.benchmarks.dense import Problem, Sample, Schedule, read_pixels
 from raydc.benchmarks.options import Detection
 from raydc.benchmarks.precision import Detections, coco_precision, encode, voc07_precision
-from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, once
+from raydc.benchmarks.setting import Candidate
 from raydc.config import UsageError
 from raydc.models.backbone import Backbone
 from raydc.models.detector import Detector, faster_rcnn_c4, mask_rcnn_fpn
@@ -36,7 +35,6 @@ class Preset:
     """A protocol. Sizes in pixels; ``epochs``: the schedule's length where it follows the number of images, else 0."""
 
     data: str
-    name: str
     splits: tuple[str, str]
     read: Callable[[str, str], DetectionSet]
     detector: Callable[[Backbone, int], Detector]
@@ -67,7 +65,6 @@ def _read_voc(folder: str, split: str) -> DetectionSet:
 PRESETS = {
     "voc0712_faster_rcnn_c4": Preset(
         data="voc0712",
-        name="VOC07+12",
         splits=("trainval", "test"),
         read=_read_voc,
         detector=faster_rcnn_c4,
@@ -86,7 +83,6 @@ PRESETS = {
     ),
     "coco_mask_rcnn_fpn_1x": Preset(
         data="coco",
-        name="COCO 2017",
         splits=("train", "val"),
         read=read_coco,
         detector=mask_rcnn_fpn,
@@ -199,20 +195,14 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard."""
     published = PRESETS[options.preset]
     preset = published.at(options.min_size)
-    train, test = (preset.read(options.data, split) for split in preset.splits)
+    sets = {split: preset.read(options.data, split) for split in preset.splits}
+    train, test = sets.values()
     if train.classes != test.classes:
         raise UsageError(
             f"{train.folder.uri}: {train.split} and {test.split} list other classes, or in another order; give annotations "
             "of one set"
         )
-    wanted = np.flatnonzero([learnable(image).any() for image in train.images])
-    for dataset in (train, test):
-        if not any(learnable(image).any() for image in dataset.images):
-            raise UsageError(
-                f"no image of {dataset.folder.uri}, {dataset.split}, has an object that is asked for (crowds and difficult "
-                "ones are not); give annotations with objects"
-            )
-        check_images(dataset)
+    wanted, _ = map(_wanted, (train, test))
     schedule = preset.schedule.given(options)
     if preset.epochs and not options.max_iters:
         steps = preset.epochs * -(-len(wanted) // schedule.batch_size)
@@ -227,25 +217,28 @@ def run(options: Detection, candidate: Candidate) -> list[Row]:
         preset=preset,
         regions=options.regions,
     )
-    counts = {split: len(one.images) for split, one in zip(preset.splits, (train, test), strict=True)}
-    data = f"{published.name}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} images"
     changed = schedule.differences(published.schedule)
     changed += [f"short side {preset.test_side} instead of {published.test_side} pixels"] if options.min_size else []
     changed += [f"{options.regions} instead of 512 regions an image"] if options.regions else []
-    full = counts == OFFICIAL[published.data] and not changed
     left_out = len(train.images) - len(wanted)
     changed += ["anchors of 32 to 512 pixels all the same"] if options.min_size else []
     more = [f"{left_out:,} training images without an object to learn from are left out"] if left_out else []
-    more += [f"{split}: {note}" for split, one in zip(preset.splits, (train, test), strict=True) for note in one.notes]
-    name = f"detection_{published.data}"
-    what = f"{name} of {candidate.name} on {data}"
-    facts = {"backbone": candidate.fingerprint, "data": "/".join(_fingerprint(one) for one in (train, test))}
-    return once(
-        options,
-        facts,
-        lambda: dense.rows(options, candidate, problem, name, data=data, what=what, full=full, notes=[*changed, *more]),
-        free=("micro_batch",),
+    more += [f"{split}: {note}" for split, one in sets.items() for note in one.notes]
+    return dense.score(
+        options, candidate, problem, sets, _fingerprint, "detection", published.data, changed=changed, more=more
     )
+
+
+def _wanted(dataset: DetectionSet) -> np.ndarray:
+    """The images with an object that is asked for. UsageError where there is none, or an image cannot be read."""
+    wanted = np.flatnonzero([learnable(image).any() for image in dataset.images])
+    if not len(wanted):
+        raise UsageError(
+            f"no image of {dataset.folder.uri}, {dataset.split}, has an object that is asked for (crowds and difficult "
+            "ones are not); give annotations with objects"
+        )
+    check_images(dataset)
+    return wanted
 
 
 def _fingerprint(dataset: DetectionSet) -> str:

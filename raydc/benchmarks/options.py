@@ -253,6 +253,10 @@ class Dense(Setting):
             "deterministic: pooling of regions and upsampling have no such form on a GPU; give --use-gpu no with it",
         )
 
+    def _preset_or(self, name: str, least: int, most: float = math.inf) -> None:
+        value, good = getattr(self, name), f"{least} to {most}" if most < math.inf else f"{least} or more"
+        check(value == 0 or least <= value <= most, f"{name} is {value}; give {good}, or 0 for the preset's")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(Dense):
@@ -267,10 +271,8 @@ class Detection(Dense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = self.min_size == 0 or self.min_size >= 64  # below it no anchor lies inside an image
-        check(good, f"min_size is {self.min_size}; give 64 or more, or 0 for the preset's")
-        good = self.regions == 0 or 4 <= self.regions < 512
-        check(good, f"regions is {self.regions}; give 4 to 511, or 0 for the preset's")
+        self._preset_or("min_size", 64)  # below it no anchor lies inside an image
+        self._preset_or("regions", 4, 511)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +286,7 @@ class Segmentation(Dense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = self.crop_size == 0 or self.crop_size >= 32
-        check(good, f"crop_size is {self.crop_size}; give 32 or more, or 0 for the preset's")
+        self._preset_or("crop_size", 32)
 
 
 @dataclass(frozen=True, kw_only=True)

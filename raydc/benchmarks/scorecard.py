@@ -28,6 +28,7 @@ SETS = {
     "detection_coco": "COCO 2017",
     "segmentation_voc12aug": "VOC12 with SBD",
     "segmentation_cityscapes": "Cityscapes",
+    "segmentation_camvid": "CamVid",
 }
 
 # The page's order, by the first word of a benchmark's name; a column without any number is not printed.
@@ -192,11 +193,8 @@ def _measured(full: bool, data: str, columns: list[str], rows: list[Row]) -> _Bl
         seeds = sorted({row.seeds for row in mine.values()})
         cells.append([backbone, *(_cell(mine.get(column)) for column in columns), ", ".join(map(str, seeds))])
     heading = f"measured, on the full set: {data}" if full else f"measured, on {data}"
-    return _Block(heading, cells, [_attributed(note, rows, columns) for note in _all_notes(rows)])
-
-
-def _all_notes(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(note for row in rows for note in row.notes))
+    notes = dict.fromkeys(note for row in rows for note in row.notes)
+    return _Block(heading, cells, [_attributed(note, rows, columns) for note in notes])
 
 
 def _attributed(note: str, rows: list[Row], columns: list[str]) -> str:

@@ -16,9 +16,8 @@ from raydc.benchmarks.features import image_files
 from raydc.benchmarks.masks import SegmentationSet, check_labels, read_labels
 from raydc.benchmarks.options import Segmentation
 from raydc.benchmarks.precision import confusion, mean_iou, per_class
-from raydc.benchmarks.published import OFFICIAL
 from raydc.benchmarks.scorecard import Row
-from raydc.benchmarks.setting import Candidate, once
+from raydc.benchmarks.setting import Candidate
 from raydc.models.backbone import Backbone
 from raydc.models.fcn import FCN, predict, segmentation_loss
 from raydc.training import Compute
@@ -29,7 +28,6 @@ class Preset:
     """A protocol. Sizes in pixels; ``scale`` is (long, short); ``window`` 0 tests images as a whole."""
 
     data: str
-    name: str
     read: Callable[[str], dict[str, SegmentationSet]]
     schedule: Schedule
     crop: int
@@ -55,7 +53,6 @@ def _poly(iterations: int, batch_size: int) -> Schedule:
 PRESETS = {
     "voc12aug_fcn_20k": Preset(
         data="voc12aug",
-        name="VOC12 with SBD",
         read=masks.read_voc12_aug,
         schedule=_poly(20_000, 16),
         crop=512,
@@ -63,7 +60,6 @@ PRESETS = {
     ),
     "cityscapes_fcn_40k": Preset(
         data="cityscapes",
-        name="Cityscapes",
         read=masks.read_cityscapes,
         schedule=_poly(40_000, 8),
         crop=769,
@@ -73,9 +69,7 @@ PRESETS = {
         align_corners=True,
     ),
     # No published protocol: our choice, for images of 480 x 360.
-    "camvid_fcn": Preset(
-        data="camvid", name="CamVid", read=masks.read_camvid, schedule=_poly(8_000, 8), crop=352, scale=(480, 360)
-    ),
+    "camvid_fcn": Preset(data="camvid", read=masks.read_camvid, schedule=_poly(8_000, 8), crop=352, scale=(480, 360)),
 }
 
 
@@ -153,20 +147,11 @@ def run(options: Segmentation, candidate: Candidate) -> list[Row]:
         preset=preset,
         fill=tuple(round(255 * mean) for mean in candidate.model.mean),
     )
-    counts = {split: len(dataset.images) for split, dataset in sets.items()}
-    data = f"{published.name}: {counts['train']:,} train, {counts['val']:,} val images"
     changed = problem.schedule.differences(published.schedule)
     changed += [f"crops of {preset.crop} instead of {published.crop} pixels"] if preset.crop != published.crop else []
-    full = counts == OFFICIAL.get(published.data) and not changed
     more = [note for dataset in sets.values() for note in dataset.notes]
-    name = f"segmentation_{published.data}"
-    what = f"{name} of {candidate.name} on {data}"
-    facts = {"backbone": candidate.fingerprint, "data": "/".join(_fingerprint(one) for one in sets.values())}
-    return once(
-        options,
-        facts,
-        lambda: dense.rows(options, candidate, problem, name, data=data, what=what, full=full, notes=[*changed, *more]),
-        free=("micro_batch",),
+    return dense.score(
+        options, candidate, problem, sets, _fingerprint, "segmentation", published.data, changed=changed, more=more
     )
 
 

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _job(arguments: list[str] | None) -> None:
     config = parse(arguments)
-    from raydc.deepcluster import pretrain, run_dir  # not before the command line is understood: torch and Ray are slow
+    from raydc.family import pretrain, run_dir  # not before the command line is understood: torch and Ray are slow
 
     print(table(pretrain(config)))
     print(run_dir(config).place("result.json"))

@@ -28,7 +28,7 @@ _PUBLIC = {
     "RunError": "raydc.config",
     "RECIPES": "raydc.recipes",
     "make_shards": "raydc.data.ingest",
-    "pretrain": "raydc.deepcluster",
+    "pretrain": "raydc.family",
     "load_backbone": "raydc.checkpoint",
     "Folder": "raydc.storage",
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.numpy
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -22,8 +23,9 @@ from torch import nn
 
 from raydc import config as configs
 from raydc.clustering.assignment import Assignment
+from raydc.clustering.whitening import Whitening
 from raydc.config import ModelConfig, RunError, UsageError
-from raydc.models.backbone import Backbone
+from raydc.models.backbone import Backbone, make_backbone
 from raydc.storage import Folder
 
 KEEP_STATES = 2
@@ -45,6 +47,14 @@ class TrainState:
         for epoch in range(self.epoch, epochs):
             yield epoch
             self.epoch = epoch + 1
+
+    def resize_head(self, num_clusters: int) -> None:
+        """Another number of clusters (PIC finds its own): new parameters, which the optimizer has never seen."""
+        head = self.model.head
+        for parameter in head.parameters():
+            self.optimizer.state.pop(parameter, None)
+        head.resize(num_clusters)
+        self.optimizer.param_groups[-1]["params"] = list(head.parameters())
 
 
 def name(epoch: int) -> str:
@@ -106,12 +116,6 @@ def _number(epoch_name: str) -> int:
     return int(epoch_name.split("_")[1])
 
 
-def committed_epochs(folder: Folder) -> int:
-    """How many epochs are done, as the newest commit has it."""
-    committed = _states(folder)
-    return _number(committed[-1]) + 1 if committed else 0
-
-
 def load_state(folder: Folder, state: TrainState) -> None:
     """Bring ``state`` to the last commit; leaves it alone where there is none."""
     committed = _states(folder)
@@ -119,22 +123,43 @@ def load_state(folder: Folder, state: TrainState) -> None:
         return
     data = folder.read(f"checkpoints/{committed[-1]}/state.pt")
     values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if hasattr(state.model.head, "resize"):
+        num_clusters = len(values["model"]["head.weight"])
+        if num_clusters != state.model.head.out_features:
+            state.resize_head(num_clusters)
     state.model.load_state_dict(values["model"])
     state.optimizer.load_state_dict(values["optimizer"])
     state.epoch = values["epoch"]
 
 
+# --- what is remembered (written by the bank) ---------------------------------------------------------------------------
+
+
+def memory_file(epoch: int) -> str:
+    """Where the bank keeps what it remembers at the end of ``epoch``: beside the state it belongs to."""
+    return f"checkpoints/{name(epoch)}/memory.safetensors"
+
+
 # --- assignments --------------------------------------------------------------------------------------------------------
 
 
-def save_assignment(folder: Folder, assignment: Assignment) -> None:
-    """Commit a clustering: image_id, cluster, distance as Parquet; centroids in a file of their own, written first."""
-    stem = f"assignments/{name(assignment.epoch)}"
-    centroids = {"centroids": torch.from_numpy(assignment.centroids)}
-    _write(folder, f"{stem}.centroids.safetensors", safetensors.torch.save(centroids))
+def _stem(epoch: int, part: int) -> str:
+    return f"assignments/{name(epoch)}" + (f"_{part}" if part else "")
+
+
+def save_assignment(folder: Folder, assignment: Assignment, part: int = 0) -> None:
+    """Commit a clustering: image_id, cluster, distance as Parquet; centroids, and what leads to their space, in a file of
+    their own, written first. ``part``: which of an epoch's clusterings (DeepCluster-v2 has one a head; write 0 last)."""
+    stem = _stem(assignment.epoch, part)
+    arrays = {"centroids": assignment.centroids}
+    if (whitening := assignment.whitening) is not None:
+        arrays |= {"mean": whitening.mean_D, "norm": np.array(whitening.norm)}
+        arrays |= {} if whitening.matrix_Dd is None else {"matrix": whitening.matrix_Dd}
+    tensors = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    _write(folder, f"{stem}.centroids.safetensors", safetensors.numpy.save(tensors))
     ids = np.arange(len(assignment.pseudo_labels))
     table = pa.table({"image_id": ids, "cluster": assignment.pseudo_labels, "distance": assignment.distances})
-    facts = {"objective": assignment.objective, "weights_hash": assignment.weights_hash, "epoch": assignment.epoch}
+    facts = {key: getattr(assignment, key) for key in ("objective", "weights_hash", "epoch", "num_repaired")}
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"raydc": json.dumps(facts)}), sink, compression="zstd")
     _write(folder, f"{stem}.parquet", sink.getvalue())
@@ -143,15 +168,16 @@ def save_assignment(folder: Folder, assignment: Assignment) -> None:
 
 
 def _forget_assignments(folder: Folder) -> None:
-    epochs = sorted({one.split(".")[0] for one in folder.names("assignments") if one.endswith(".parquet")}, key=_number)
-    for old in epochs[:-KEEP_ASSIGNMENTS]:
+    stems = {one.split(".")[0] for one in folder.names("assignments") if one.endswith(".parquet")}
+    kept = sorted(set(map(_number, stems)))[-KEEP_ASSIGNMENTS:]
+    for old in sorted(one for one in stems if _number(one) not in kept):
         folder.delete(f"assignments/{old}.parquet")
         folder.delete(f"assignments/{old}.centroids.safetensors")
 
 
-def load_assignment(folder: Folder, epoch: int, weights_hash: str | None = None) -> Assignment | None:
+def load_assignment(folder: Folder, epoch: int, weights_hash: str | None = None, part: int = 0) -> Assignment | None:
     """The committed clustering of an epoch; None where there is none, or where it came from other weights."""
-    stem = f"assignments/{name(epoch)}"
+    stem = _stem(epoch, part)
     if not folder.exists(f"{stem}.parquet"):
         return None
     table = pq.read_table(folder.path(f"{stem}.parquet"), filesystem=folder.fs, partitioning=None)
@@ -159,13 +185,19 @@ def load_assignment(folder: Folder, epoch: int, weights_hash: str | None = None)
     if weights_hash not in (None, facts["weights_hash"]):
         return None
     order = np.argsort(table["image_id"].to_numpy(), kind="stable")
+    tensors = safetensors.numpy.load(folder.read(f"{stem}.centroids.safetensors"))
+    whitening = None
+    if "mean" in tensors:
+        whitening = Whitening(tensors["mean"], tensors.get("matrix"), norm=tensors["norm"].item())
     return Assignment(
         epoch=epoch,
         pseudo_labels=table["cluster"].to_numpy()[order],
         distances=table["distance"].to_numpy()[order],
-        centroids=safetensors.torch.load(folder.read(f"{stem}.centroids.safetensors"))["centroids"].numpy(),
+        centroids=tensors["centroids"],
         objective=facts["objective"],
         weights_hash=facts["weights_hash"],
+        whitening=whitening,
+        num_repaired=facts.get("num_repaired", 0),
     )
 
 
@@ -206,6 +238,6 @@ def load_backbone(folder: Folder, file: str = BACKBONE) -> tuple[Backbone, dict[
     tensors, metadata = read_tensors(folder, file)
     if "model" not in metadata:
         raise UsageError(f"{folder.uri}/{file} does not say its architecture; give a file that raydc wrote")
-    backbone = Backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))
+    backbone = make_backbone(configs.from_dict(ModelConfig, json.loads(metadata["model"])))
     backbone.load_state_dict(tensors, strict=True)
     return backbone.eval(), metadata

@@ -128,8 +128,14 @@ class ImagesConfig:
     """Jitter: factor drawn from 1 - s to 1 + s."""
     hue: float = 0.0
     """Jitter: shift drawn from -h to h, in turns of the colour circle (at most 0.5)."""
+    jitter: float = 1.0
+    """Probability that a crop's brightness, contrast, saturation and hue are changed at all."""
     grayscale: float = 0.0
     """Probability that a crop loses its colours."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur, in pixels of the crop."""
     lighting: float = 0.0
     """AlexNet's colour noise: standard deviation of the shift along ImageNet's three principal colours."""
     colour: Literal["torchvision", "linear"] = "torchvision"
@@ -147,7 +153,9 @@ class ImagesConfig:
         check(self.cache_size >= 0, f"images.cache_size is {self.cache_size}; give 0 or more pixels")
         check(self.zoom < 1, f"images.zoom is {self.zoom}; give less than 1")
         check(self.shear < 90, f"images.shear is {self.shear}; give less than 90 degrees")
-        for name in ("flip", "grayscale"):
+        low, high = self.blur_sigma
+        check(0 < low <= high, f"images.blur_sigma is {self.blur_sigma}; give 0 < low <= high")
+        for name in ("flip", "jitter", "grayscale", "blur"):
             check(0 <= getattr(self, name) <= 1, f"images.{name} is {getattr(self, name)}; give a probability")
         for name in ("brightness", "contrast", "saturation", "rotation", "zoom", "shear", "shift", "elastic", "lighting"):
             check(getattr(self, name) >= 0, f"images.{name} is {getattr(self, name)}; give 0 or more")
@@ -217,12 +225,12 @@ class TrainConfig:
     """The head after a clustering. fresh: new weights (the paper's); matched: each cluster takes over the weights and
     momentum of the cluster before that shares most images with it; centroids: made of the centroids, so that training
     begins with scores that give the pseudo-labels."""
-    temperature: float = 0.1
-    """What scores of a head made of centroids are divided by."""
+    temperature: float = 1.0
+    """What scores of a head made of centroids are divided by; DeepCluster-v2, whose features have length one, takes 0.1."""
     lr: float = 0.05
     """Learning rate of SGD for a whole batch."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """constant, as in the paper; cosine falls to final_lr at schedule_epochs; step falls by gamma at each of the milestones."""
+    """constant, as in the paper; cosine falls to final_lr at schedule_epochs; step falls by gamma at each milestone."""
     final_lr: float = 0.0
     """Where the cosine ends."""
     warmup_epochs: float = 0.0
@@ -301,6 +309,8 @@ class V2Config:
         check(not different, f"v2.num_crops and v2.{', v2.'.join(different)} have different lengths; give one value a size")
         check(min((*self.num_crops, 0)) >= 0 and sum(self.num_crops) >= 1, f"v2.num_crops is {self.num_crops}; give a crop")
         check(min((*self.crop_sizes, 4)) >= 4, f"v2.crop_sizes is {self.crop_sizes}; give at least 4 pixels")
+        ordered = tuple(sorted(self.crop_sizes, reverse=True))
+        check(self.crop_sizes == ordered, f"v2.crop_sizes is {self.crop_sizes}; give the largest first")
         for low, high in zip(self.min_scales, self.max_scales, strict=True):
             check(0 < low <= high <= 1, f"v2.min_scales {low} and v2.max_scales {high}: give 0 < min <= max <= 1")
         for name in ("num_heads", "hidden_dim", "projection_dim"):
@@ -352,6 +362,8 @@ class ProbeConfig:
 
     every: int = 5
     """Epochs between two probes; 0: only before the first and after the last epoch."""
+    baselines: bool = True
+    """Probe before the first epoch what training must beat: the fresh network and raw pixels."""
     num_images: int = 10_000
     """Training images, at most, that the probes learn from."""
     images_per_class: int = 0
@@ -410,7 +422,7 @@ class Config:
         )
 
     def _check_algorithm(self) -> None:
-        """Each algorithm has choices that are not free; a UsageError names both fields."""
+        """Choices that an algorithm or a network leaves no freedom in; a UsageError names both fields."""
         for field_name, needed in NEEDS[self.algorithm].items():
             section, name = field_name.split(".")
             value = getattr(getattr(self, section), name)
@@ -419,6 +431,22 @@ class Config:
                 f"algorithm {self.algorithm} excludes {field_name} {value}; give --{field_name.replace('_', '-')} "
                 f"{' or '.join(needed)}, or another algorithm",
             )
+        check(
+            self.algorithm != "deepcluster"
+            or self.train.head != "centroids"
+            or self.model.architecture.startswith("resnet"),
+            f"train.head centroids needs features that the head sees as they are clustered, and model.architecture "
+            f"{self.model.architecture} has a ReLU between; give --train.head matched or a residual network",
+        )
+        largest = max(self.v2.crop_sizes)
+        check(
+            self.algorithm != "deepcluster_v2" or largest <= self.images.resize,
+            f"v2.crop_sizes {largest} is above images.resize {self.images.resize}; lower the one or raise the other",
+        )
+        check(
+            self.algorithm != "deepcluster_v2" or self.images.decode != "tasks",
+            "algorithm deepcluster_v2 cuts several crops of an image, images.decode tasks one; give --images.decode worker",
+        )
 
 
 def to_dict(config) -> dict:

@@ -1,29 +1,29 @@
 """DeepCluster (Caron et al., ECCV 2018): extract, cluster, reassign, train.
 
-``loop`` is section 3 of the paper as every worker runs it; ``pretrain`` prepares a run directory and hands it to Ray.
+``loop`` is section 3 of the paper as every worker runs it; raydc.family prepares a run directory and hands it to Ray.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import time
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from raydc import checkpoint, launch, prepare, training
+from raydc import checkpoint, training
 from raydc.clustering.assignment import Assignment
-from raydc.clustering.bank import CoverageError, FeatureBank
-from raydc.clustering.sampling import SamplingPlan, plain_plan, plan_length, uniform_plan
+from raydc.clustering.bank import CoverageError
+from raydc.clustering.matching import match
+from raydc.clustering.sampling import SamplingPlan, cluster_weights, plain_plan, plan_length, uniform_plan
 from raydc.clustering.whitening import moments
-from raydc.config import Config, RunError, UsageError
-from raydc.data import stream
-from raydc.launch import Job, Remote, Shared
-from raydc.measure import FIGURES, probe, push_probe, summary
-from raydc.models.norm import equalise_statistics
-from raydc.optim import forget_momentum
-from raydc.run import Run, collect, in_blocks
+from raydc.config import Config, RunError
+from raydc.launch import Job
+from raydc.measure import FIGURES, probe, probe_alone, push_probe, summary
+from raydc.optim import carry_momentum, forget_momentum
+from raydc.run import Recorder, Run, collect, first_step, in_blocks
 from raydc.seeding import derive
-from raydc.storage import Folder
 from raydc.training import Clock
 
 EXTRACT_ATTEMPTS = 3
@@ -43,15 +43,57 @@ def loop(job: Job) -> dict | None:
 
 
 def extract_and_cluster(run: Run, epoch: int) -> Assignment:
-    """Features of every image under today's weights, then k-means; again from the start if the bank lost them."""
+    """Features of every image, then their clusters; again from the start if the bank lost them."""
     for attempt in range(1, EXTRACT_ATTEMPTS + 1):
         try:
+            if run.remembers:
+                recall(run, epoch)
+                return cluster(run, epoch, from_memory(run, epoch))
             token = extract(run, epoch)
             probe(run, epoch, token)
-            return cluster(run, epoch, token)
+            return cluster(run, epoch, functools.partial(run.ask_bank, "cluster", token, epoch, run.config.seed))
         except CoverageError as error:
+            run.has_memory = False
             run.worker.say(f"epoch {epoch}: {error} (try {attempt} of {EXTRACT_ATTEMPTS})")
     raise RunError(f"epoch {epoch} could not be clustered in {EXTRACT_ATTEMPTS} tries; --verbose shows all of Ray's log")
+
+
+def recall(run: Run, epoch: int) -> None:
+    """Probe, and see that the bank remembers every image."""
+    probe_alone(run, epoch)
+    fill(run, epoch)
+
+
+def fill(run: Run, epoch: int) -> None:
+    """An extraction pass for a bank that remembers nothing: before the first training pass, or after an accident."""
+    if run.has_memory:
+        return
+    clock = Clock()
+    ids, features = collect(run, run.model.embed, run.images.extract("train"), clock, epoch)
+    with run.together():
+        if run.worker.is_first:
+            run.bank.open_memory(run.num_views)
+    with run.together():
+        steps = np.full(len(ids), first_step(epoch) - 1)
+        for block in in_blocks(len(ids)):
+            for view in range(run.num_views):
+                run.bank.send("remember", view, ids[block], steps[block], features[block])
+        run.bank.flush()
+    run.has_memory = True
+    num_unreadable = round(run.worker.sum(len(run.unreadable("train"))))
+    run.log(epoch, "extract", **clock.summary(run.worker.sum(clock.images)), num_unreadable=num_unreadable)
+
+
+def from_memory(run: Run, epoch: int, part: int = 0) -> Callable:
+    """The bank's clustering of what it remembers, of the view that ``part`` (a head of DeepCluster-v2) looks at."""
+    before = run.previous(epoch)
+    if before is None:
+        parts = run.worker.gather(run.unreadable("train"))
+        unreadable = np.concatenate(parts) if parts else None
+    else:
+        unreadable = np.flatnonzero(before.pseudo_labels < 0)
+    seed = derive(run.config.seed, "part", part) if part else run.config.seed
+    return functools.partial(run.ask_bank, "cluster_memory", part % run.num_views, unreadable, epoch, seed)
 
 
 def extract(run: Run, epoch: int) -> str:
@@ -78,69 +120,106 @@ def extract(run: Run, epoch: int) -> str:
     return token
 
 
-def cluster(run: Run, epoch: int, token: str) -> Assignment:
-    """k-means on the bank, committed by rank 0, read by all: what is trained on is what was committed."""
+def cluster(run: Run, epoch: int, ask: Callable, part: int = 0) -> Assignment:
+    """The bank's clusters, committed by rank 0, read by all: what is trained on is what was committed.
+
+    ``ask(digest, previous_labels)`` is the bank's answer.
+    """
     if run.compute.device.type == "cuda":
         torch.cuda.empty_cache()  # the bank may share the device
     digest = run.worker.broadcast(checkpoint.weights_hash(run.model.backbone) if run.worker.is_first else None)
     with run.together():
         if run.worker.is_first:
-            began = time.perf_counter()
-            assignment = run.ask_bank("cluster", token, epoch, run.config.seed, digest)
+            before = run.previous(epoch, part)
+            began, cpu = time.perf_counter(), run.bank.cpu_s()
+            assignment = ask(digest, None if before is None else before.pseudo_labels)
+            spent = {"seconds": round(time.perf_counter() - began, 3), "cpu_s": round(run.bank.cpu_s() - cpu, 2)}
             # Said before it is committed: a start that finds the commit finds the line, one that does not forgets it.
-            run.log(epoch, "cluster", seconds=round(time.perf_counter() - began, 3), **run.describe(assignment))
-            checkpoint.save_assignment(run.folder, assignment)
-    assignment = run.load_assignment(epoch, digest)
+            run.log(epoch, "cluster", **spent, **run.describe(assignment, part))
+            checkpoint.save_assignment(run.folder, assignment, part)
+    assignment = run.load_assignment(epoch, digest, part)
     if assignment is None:
         raise RunError(f"{run.folder.uri} does not show every worker what rank 0 wrote; give a place that all nodes share")
     return assignment
 
 
 def reassign(run: Run, assignment: Assignment) -> None:
-    """New pseudo-labels need a new head: fresh weights in place, no momentum left of the old ones."""
-    run.model.head.refresh(derive(run.config.seed, "head", assignment.epoch))
-    forget_momentum(run.state.optimizer, run.model.head.parameters())
+    """New pseudo-labels need a new head: in place, so that DDP, the optimizer and a compiled graph keep theirs."""
+    epoch, head, optimizer = assignment.epoch, run.model.head, run.state.optimizer
+    seed, source = derive(run.config.seed, "head", epoch), None
+    before = run.previous(epoch) if run.config.train.head == "matched" and run.worker.is_first else None
+    if before is not None:
+        source = match(before.pseudo_labels, assignment.pseudo_labels, before.num_clusters, assignment.num_clusters)
+    source = run.worker.broadcast(source)
+    if assignment.num_clusters != head.out_features:  # PIC finds the number of clusters itself
+        run.state.resize_head(assignment.num_clusters)
+        run.wrap()
+    if source is not None:
+        source = torch.from_numpy(source)
+        head.take_over(source, seed)
+        carry_momentum(optimizer, head.parameters(), source)
+        return
+    head.refresh(seed)
+    # Not before the first epoch: its features have BatchNorm's untouched statistics, and training sees others.
+    if run.config.train.head == "centroids" and epoch > 0:
+        head.copy_centroids(assignment.centroids, assignment.whitening, run.config.train.temperature)
+    forget_momentum(optimizer, head.parameters())
 
 
 def train(run: Run, assignment: Assignment) -> float:
     """One pass over the plan's draws with the pseudo-labels as targets; the mean loss."""
-    epoch, config = assignment.epoch, run.config.train
-    plan = make_plan(run.config, assignment)
-    seed = derive(run.config.seed, "crops", epoch)
-    num_steps = plan.num_draws // config.batch_size
-    clock = Clock()
-    loss = training.run_steps(
-        run.trained,
-        run.prefetched(run.images.train(plan, seed, config.batch_size)),
-        torch.from_numpy(assignment.pseudo_labels).long(),
-        run.state.optimizer,
-        config,
-        run.compute,
-        epoch=epoch,
-        num_steps=num_steps,
-        clock=clock,
-        on_step=lambda step: run.progress(epoch, "train", step * config.batch_size),
-    )
-    equalise_statistics(run.model)
-    loss = run.worker.mean(loss)
-    drawn = int((plan.counts > 0).sum())
-    run.log(epoch, "train", **clock.summary(run.worker.sum(clock.images)), loss=round(loss, 4), num_images_drawn=drawn)
+    epoch, compute = assignment.epoch, run.compute
+    if run.remembers:
+        fill(run, epoch)
+    targets = torch.from_numpy(assignment.pseudo_labels).long()
+    weights = class_weights(run, assignment.sizes)
+    recorder = Recorder(run, epoch) if run.remembers else None
+
+    def loss_of(image_ids: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+        with compute.autocast():
+            features, scores = run.trained(compute.place(pixels), with_features=True)
+        if recorder is not None:
+            recorder.keep(image_ids, features)
+        return training.cross_entropy(scores, targets[torch.from_numpy(image_ids)].to(compute.device), weights)
+
+    loss = run.train_pass(epoch, make_plan(run.config, assignment), loss_of)
+    if recorder is not None:
+        remember(run, epoch, recorder)
     return loss
+
+
+def remember(run: Run, epoch: int, recorder: Recorder) -> None:
+    """The last features of the pass reach the bank; a memory that was lost is filled by an extraction pass."""
+    try:
+        run.log(epoch, "remember", num_images_not_drawn=recorder.finish())
+    except CoverageError as error:
+        run.has_memory = False
+        run.worker.say(f"epoch {epoch}: {error}; an extraction pass will fill it again")
+
+
+def class_weights(run: Run, sizes: np.ndarray) -> torch.Tensor | None:
+    """(k,) weights of the loss, where the config balances clusters so."""
+    if run.config.train.balance != "reweight":
+        return None
+    return torch.from_numpy(cluster_weights(sizes, run.config.train.reweight_power)).to(run.compute.device)
 
 
 def make_plan(config: Config, assignment: Assignment) -> SamplingPlan:
     """How often each image is drawn in the assignment's epoch."""
     length = plan_length(len(assignment.pseudo_labels), config.train.plan_length, config.train.batch_size)
     seed = derive(config.seed, "plan", assignment.epoch)
-    if config.train.balance == "none":
+    if config.train.balance != "uniform":
         return plain_plan(assignment.pseudo_labels, length, seed)
     return uniform_plan(assignment.pseudo_labels, assignment.num_clusters, length, seed)
 
 
 def report(run: Run, epoch: int, loss: float) -> None:
-    """The second commit point: model and optimizer, and a barrier for all workers."""
+    """The second commit point: what is remembered, model and optimizer, and a barrier for all workers."""
     if run.worker.is_first:
         checkpoint.check_finite(run.model, epoch)
+    if run.remembers and run.has_memory:
+        save_memory(run, epoch)
+    if run.worker.is_first:
         checkpoint.save_state(run.folder, run.state, epoch)
         checkpoint.save_backbone(run.folder, run.model.backbone, run.config)
     metrics = {"epoch": epoch, "loss": loss}
@@ -150,74 +229,22 @@ def report(run: Run, epoch: int, loss: float) -> None:
     run.worker.report(metrics)
 
 
-def finish(run: Run) -> dict | None:
+def save_memory(run: Run, epoch: int) -> None:
+    """Before the state it belongs to; a start that finds the state without it fills it by an extraction pass."""
+    try:
+        with run.together():
+            if run.worker.is_first:
+                run.bank.save_memory(run.folder, checkpoint.memory_file(epoch))
+    except CoverageError:
+        run.has_memory = False
+
+
+def finish(run: Run, cluster_again: Callable = extract_and_cluster) -> dict | None:
     """Cluster and probe the features of the final weights; what result.json holds."""
     epochs = run.config.train.epochs
     if run.committed_assignment(epochs) is None:
-        extract_and_cluster(run, epochs)
+        cluster_again(run, epochs)
     if not run.worker.is_first:
         return None
     checkpoint.save_backbone(run.folder, run.model.backbone, run.config)
     return summary(run)
-
-
-def pretrain(config: Config, callbacks=()) -> dict:
-    """Run (or go on with) ``config`` in its run directory; what result.json holds.
-
-    UsageError for what the user can mend (data, resources, a run directory of another config), RunError for a run that
-    cannot go on.
-    """
-    began = time.time()
-    local = config.num_workers == 0
-    folder = run_dir(config)
-    written = prepare.earlier(config, folder)
-    prepare.sweep(folder)
-    data, manifest = prepare.open_data(config, folder)
-    prepare.check_images(config, written, folder, data, manifest)
-    if folder.exists("result.json"):
-        print(f"this run is finished; give another --run-dir to train again (its results are in {folder.uri})")
-        return folder.read_json("result.json")
-    if not local:  # not before all that can be said without Ray, which takes seconds to start
-        launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
-        launch.check_resources(config.num_workers, folder)
-    config = prepare.settle(config, written, folder, data, manifest)
-    streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
-    job = Job(
-        config=config,
-        run_dir=folder,
-        board=Remote(launch.Board, local=local, num_cpus=0),
-        streams=streams,
-        bank=make_bank(config, streams.sizes["train"], local),
-        extras={"labels": Shared(prepare.read_labels(data, manifest), local=local)},
-        began=began,
-    )
-    print(prepare.headline(config, streams, folder), flush=True)
-    result = launch.fit(
-        loop,
-        job,
-        num_workers=config.num_workers,
-        use_gpu=config.use_gpu == "yes",
-        max_failures=config.max_failures,
-        callbacks=callbacks,
-    )
-    result |= {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()}
-    folder.write_json("result.json", result)
-    return result
-
-
-def run_dir(config: Config) -> Folder:
-    """Where the run lives; in a submitted job a relative path would lie in Ray's copy of the code, which Ray deletes."""
-    for field in ("run_dir", "data"):
-        place = getattr(config, field)
-        if "RAY_ADDRESS" in os.environ and place != "digits" and not ("://" in place or place.startswith(("/", "~"))):
-            flag = field.replace("_", "-")
-            raise UsageError(
-                f"--{flag} {place or '(none)'} is relative to a job's temporary folder; give a full path or a URI"
-            )
-    return Folder(config.run_dir or f"runs/{config.recipe}")
-
-
-def make_bank(config: Config, num_images: int, local: bool) -> Remote:
-    gpus = config.bank.num_gpus if config.use_gpu == "yes" and not local else 0
-    options = {"threads": config.bank.threads, "gpu": gpus > 0}
-    return Remote(FeatureBank, num_images, config.clustering, local=local, num_gpus=gpus, **options)

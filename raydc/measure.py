@@ -33,6 +33,18 @@ def probe(run: Run, epoch: int, token: str) -> None:
                 _measure(run, epoch, token, row)
 
 
+def probe_alone(run: Run, epoch: int) -> None:
+    """The same, where there is no extraction pass to share: one over the images that probes look at."""
+    if not run.probe_is_due(epoch):
+        return
+    ids, features = collect(run, run.model.backbone, run.images.extract("train", run.probe_ids), Clock())
+    token = run.open_bank()
+    with run.together():
+        push_probe(run, token, "train", ids, features)
+        run.bank.flush()
+    probe(run, epoch, token)
+
+
 def features_to_probe(run: Run, epoch: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """This rank's features of the val split; before the first epoch also the baselines' of both splits."""
     clock, rows = Clock(), {}
@@ -112,7 +124,7 @@ def summary(run: Run) -> dict:
         "num_empty_clusters": last("cluster", "num_empty_clusters"),
         "phase_s": {phase: round(sum(journal.all(phase, "seconds")), 2) for phase in PHASES}
         | {"probe": round(sum(journal.all("probe", "seconds")), 2), "start_up": last("start", "seconds")},
-        "cpu_s": {phase: round(sum(journal.all(phase, "cpu_s")), 1) for phase in ("extract", "train")},
+        "cpu_s": {phase: round(sum(journal.all(phase, "cpu_s")), 1) for phase in ("extract", "cluster", "train")},
         "images_per_s": {phase: _median(journal.all(phase, "images_per_s")) for phase in ("extract", "train")}
         | {"cluster": _median([run.sizes["train"] / max(s, 1e-3) for s in journal.all("cluster", "seconds")])},
         "num_workers": run.worker.world_size,

@@ -70,7 +70,7 @@ def sweep(run_dir: Folder) -> None:
     run_dir.sweep("assignments")
     run_dir.sweep("shards", r"manifest\.json")  # what lies deeper there, the ingest removes
     for epoch in run_dir.names("checkpoints"):
-        run_dir.sweep(f"checkpoints/{epoch}", r"state\.pt")
+        run_dir.sweep(f"checkpoints/{epoch}", r"state\.pt|memory\.safetensors")
 
 
 def settle(config: Config, written: dict | None, run_dir: Folder, data: Folder, manifest) -> Config:

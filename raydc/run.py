@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from raydc import checkpoint, training
 from raydc.checkpoint import TrainState
 from raydc.clustering import diagnostics
 from raydc.clustering.assignment import Assignment
 from raydc.clustering.bank import CoverageError
-from raydc.clustering.sampling import plan_length
+from raydc.clustering.sampling import SamplingPlan, plan_length
 from raydc.config import Config, RunError
 from raydc.launch import Job, Worker
 from raydc.models.backbone import build_backbone
 from raydc.models.head import Classifier
-from raydc.models.norm import folded
+from raydc.models.norm import equalise_statistics, folded
 from raydc.optim import build_optimizer
 from raydc.seeding import derive, uniforms
 from raydc.tracking import Journal, sentence
@@ -28,10 +29,19 @@ from raydc.training import Clock
 BLOCK = 2048  # rows that travel to the bank at once
 
 
-class Run:
-    """What the verbs of a loop work on: model, optimizer, images, bank, journal, and this worker's place."""
+def classifier(config: Config, backbone: nn.Module) -> Classifier:
+    """The paper's network: a linear head on the backbone."""
+    return Classifier(backbone, config.clustering.num_clusters)
 
-    def __init__(self, job: Job) -> None:
+
+class Run:
+    """What the verbs of a loop work on: model, optimizer, images, bank, journal, and this worker's place.
+
+    ``build(config, backbone)`` makes the network of the algorithm, a module with ``backbone``, ``trunk``, ``head`` and
+    ``embed`` (see models.head.Classifier). ``memory``: ``num_views``, and for ODC ``online``, options of its OnlineClusters.
+    """
+
+    def __init__(self, job: Job, build: Callable[[Config, nn.Module], nn.Module] = classifier, **memory) -> None:
         self.config: Config = job.config
         self.folder, self.bank = job.run_dir, job.bank
         use_gpu = self.config.use_gpu == "yes"
@@ -43,16 +53,32 @@ class Run:
         self.images = job.streams.open(self.worker, threads)
         self.streamed = job.streams.cached is None
         backbone = build_backbone(self.config.model, derive(self.config.seed, "backbone"))
-        self.model = self.compute.prepare(Classifier(backbone, self.config.clustering.num_clusters))
-        self.state = TrainState(self.model, build_optimizer(self.model.backbone, self.model.head, self.config.train))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(self.config.seed, "network"))
+            self.model = self.compute.prepare(build(self.config, backbone))
+        self.state = TrainState(self.model, build_optimizer(self.model.trunk, self.model.head, self.config.train))
         checkpoint.load_state(self.folder, self.state)
-        # A compiled module has the model's own weights, as a wrapped one has.
-        self.trained = self.worker.wrap(torch.compile(self.model) if self.config.train.compile else self.model)
+        self.wrap()
         self.labels = job.extras["labels"].get() if self.worker.is_first else None
         order = np.argsort(uniforms(derive(self.config.seed, "probe"), np.arange(self.sizes["train"]))[:, 0], kind="stable")
         self.probe_ids = np.sort(order[: self.config.probe.num_images])
         self.journal = Journal(self.folder) if self.worker.is_first else None
+        self.remembers = self.config.clustering.features == "remembered"
         self._go_on(job)
+        if self.remembers:
+            self._recall(**memory)
+
+    def wrap(self) -> None:
+        """What is stepped; a compiled module has the model's own weights, as a wrapped one has."""
+        self.trained = self.worker.wrap(torch.compile(self.model) if self.config.train.compile else self.model)
+
+    def _recall(self, num_views: int = 1, online: dict | None = None) -> None:
+        """What was remembered at the last commit point; the bank may hold what a killed start has changed since."""
+        self.num_views, found = num_views, False
+        with self.together():
+            if self.worker.is_first and self.first_epoch > 0:
+                found = self.bank.load_memory(self.folder, checkpoint.memory_file(self.first_epoch - 1), online)
+        self.has_memory = self.worker.broadcast(found)
 
     def _go_on(self, job: Job) -> None:
         """Say where this start begins, and forget what will be written again."""
@@ -79,10 +105,14 @@ class Run:
         digest = checkpoint.weights_hash(self.model.backbone) if self.worker.is_first else None
         return self.load_assignment(epoch, self.worker.broadcast(digest))
 
-    def load_assignment(self, epoch: int, digest: str) -> Assignment | None:
+    def load_assignment(self, epoch: int, digest: str, part: int = 0) -> Assignment | None:
         """What rank 0 has committed for these weights, on every rank, or on none of them."""
-        found = checkpoint.load_assignment(self.folder, epoch, digest)
+        found = checkpoint.load_assignment(self.folder, epoch, digest, part)
         return found if self.worker.all_agree(found is not None) else None
+
+    def previous(self, epoch: int, part: int = 0) -> Assignment | None:
+        """The clustering of the epoch before."""
+        return checkpoint.load_assignment(self.folder, epoch - 1, part=part) if epoch else None
 
     def ask_bank(self, method: str, *args):
         """The bank's answer; what it says the user must mend ends the run."""
@@ -116,8 +146,10 @@ class Run:
         return training.prefetched(batches, self.streamed, self.worker.device)
 
     def probe_is_due(self, epoch: int) -> bool:
+        if epoch == 0:
+            return self.config.probe.baselines
         every = self.config.probe.every
-        return epoch in (0, self.config.train.epochs) or bool(every and epoch % every == 0)
+        return epoch == self.config.train.epochs or bool(every and epoch % every == 0)
 
     def probe_options(self, row: str) -> dict:
         """k keeps the run's images per cluster where the probe sees only a part of them."""
@@ -126,9 +158,9 @@ class Run:
         whiten_dim = 0 if row == "pixels" or not self.config.clustering.whiten else self.config.clustering.pca_dim
         return {"seed": self.config.seed, "k": k, "whiten_dim": whiten_dim}
 
-    def describe(self, assignment: Assignment) -> dict:
+    def describe(self, assignment: Assignment, part: int = 0) -> dict:
         """Health of a clustering, and its agreement with the labels and with the clustering before it."""
-        before = checkpoint.load_assignment(self.folder, assignment.epoch - 1) if assignment.epoch else None
+        before = self.previous(assignment.epoch, part)
         train_labels, _ = self.labels
         nmi = {
             "nmi_labels": diagnostics.nmi(assignment.pseudo_labels, train_labels),
@@ -136,6 +168,39 @@ class Run:
         }
         rounded = {name: None if value is None else round(value, 4) for name, value in nmi.items()}
         return diagnostics.health(assignment) | rounded
+
+    # --- training ---
+
+    def train_pass(
+        self, epoch: int, plan: SamplingPlan, loss_of: Callable, *, views: list | None = None, after_step=None, **facts
+    ) -> float:
+        """One pass over the plan's draws; the mean loss. ``after_step()`` follows each step, ``facts()`` are logged."""
+        config, clock = self.config.train, Clock()
+        seed = derive(self.config.seed, "crops", epoch)
+        torch.manual_seed(derive(self.config.seed, "dropout", epoch, self.worker.rank))
+
+        def on_step(step: int) -> None:
+            if after_step is not None:
+                after_step()
+            self.progress(epoch, "train", step * config.batch_size)
+
+        loss = training.run_batches(
+            self.trained,
+            self.prefetched(self.images.train(plan, seed, config.batch_size, views)),
+            loss_of,
+            self.state.optimizer,
+            config,
+            self.compute,
+            epoch=epoch,
+            num_steps=plan.num_draws // config.batch_size,
+            clock=clock,
+            on_step=on_step,
+        )
+        equalise_statistics(self.model)
+        loss, images = self.worker.mean(loss), self.worker.sum(clock.images)
+        drawn = int((plan.counts > 0).sum())
+        self.log(epoch, "train", **clock.summary(images), loss=round(loss, 4), num_images_drawn=drawn)
+        return loss
 
     # --- words ---
 
@@ -152,7 +217,7 @@ class Run:
 
     def progress(self, epoch: int, phase: str, images: int) -> None:
         """Images done in the whole run, of those it will send through the network."""
-        extracted, trained = self.sizes["train"], self.num_draws
+        extracted, trained = 0 if self.remembers else self.sizes["train"], self.num_draws
         before = epoch * (extracted + trained) + (extracted if phase == "train" else 0)
         total = self.config.train.epochs * (extracted + trained) + extracted
         self.worker.progress(min(total, before + images), total, f"epoch {epoch}/{self.config.train.epochs} {phase}")
@@ -182,3 +247,46 @@ def collect(
     if not ids:
         return np.empty(0, np.int64), np.empty((0, run.model.backbone.feature_dim), np.float32)
     return np.concatenate(ids), np.concatenate(features)
+
+
+class Recorder:
+    """Features on their way from the training pass into the bank's memory, a block at a time."""
+
+    def __init__(self, run: Run, epoch: int) -> None:
+        self.run, self.lost = run, False
+        self.step = self.first = first_step(epoch)
+        self.rows: list[list[tuple]] = [[] for _ in range(run.num_views)]
+
+    def keep(self, image_ids: np.ndarray, *views_Bd: torch.Tensor) -> None:
+        """Features of one piece of a batch, of each view. All ranks count alike; the rank decides between equals."""
+        steps = np.full(len(image_ids), self.step + self.run.worker.rank, np.int64)
+        self.step += self.run.worker.world_size
+        for view, (rows, features) in enumerate(zip(self.rows, views_Bd, strict=True)):
+            rows.append((image_ids, steps, features.detach().float()))
+            if sum(len(ids) for ids, _, _ in rows) >= BLOCK:
+                self._send(view)
+
+    def _send(self, view: int) -> None:
+        """A bank that is gone is no reason to leave the other ranks alone in the middle of a pass."""
+        ids, steps, features = zip(*self.rows[view], strict=True)
+        self.rows[view] = []
+        try:
+            block = np.concatenate(ids), np.concatenate(steps), torch.cat(features).cpu().numpy()
+            self.run.bank.send("remember", view, *block)
+        except CoverageError:
+            self.lost = True
+
+    def finish(self) -> int:
+        """Images that this pass has not drawn; they keep what was remembered. CoverageError on all ranks if it is lost."""
+        for view in (view for view, rows in enumerate(self.rows) if rows):
+            self._send(view)
+        with self.run.together():
+            self.run.bank.flush()
+            if self.lost:
+                raise CoverageError("the bank lost what was remembered")
+        return self.run.bank.num_older(self.first) if self.run.worker.is_first else 0
+
+
+def first_step(epoch: int) -> int:
+    """Number of an epoch's first training step in the bank's memory; what an extraction pass fills in comes just before."""
+    return (epoch << 32) + 1

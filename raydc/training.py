@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from raydc.config import RunError, TrainConfig
-from raydc.optim import learning_rate, set_learning_rate
+from raydc.optim import learning_rate, scale_larc, set_learning_rate
 
 CHECK_EVERY = 50  # steps between two looks at the loss; each look waits for the device
 
@@ -168,8 +168,11 @@ def run_inference(model: nn.Module, batches: Iterable, compute: Compute, clock: 
         yield image_ids, outputs.float().cpu()
 
 
-def cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(scores.float(), labels)
+def cross_entropy(scores: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean over the batch; ``weights`` (k,) have a mean of one over all images, so nothing is divided by them."""
+    if weights is None:
+        return F.cross_entropy(scores.float(), labels)
+    return (weights[labels] * F.cross_entropy(scores.float(), labels, reduction="none")).mean()
 
 
 def run_steps(
@@ -180,16 +183,12 @@ def run_steps(
     config: TrainConfig,
     compute: Compute,
     *,
-    epoch: int,
-    num_steps: int,
-    clock: Clock,
-    on_step: Callable[[int], None],
     criterion: Callable[[Any, torch.Tensor], torch.Tensor] = cross_entropy,
-    set_rate: Callable[[torch.optim.Optimizer, float], None] | None = None,
+    **how,
 ) -> float:
-    """One pass over batches of (image_ids, pixels) towards ``targets[image_id]``; else as ``run_batches``.
+    """One pass over batches of (image_ids, pixels) towards ``targets[image_id]``; ``how`` and all else: ``run_batches``.
 
-    ``criterion(outputs, labels)`` is a mean over the batch; ``set_rate(optimizer, epoch)`` replaces the config's schedule.
+    ``criterion(outputs, labels)`` is a mean over the batch.
     """
 
     def loss_of(image_ids: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
@@ -198,20 +197,7 @@ def run_steps(
             outputs = model(compute.place(pixels))
         return criterion(outputs, labels)
 
-    set_rate = set_rate or (lambda optimizer, now: set_learning_rate(optimizer, learning_rate(config, now)))
-    return run_batches(
-        model,
-        batches,
-        loss_of,
-        optimizer,
-        config,
-        compute,
-        epoch=epoch,
-        num_steps=num_steps,
-        clock=clock,
-        on_step=on_step,
-        set_rate=set_rate,
-    )
+    return run_batches(model, batches, loss_of, optimizer, config, compute, **how)
 
 
 def run_batches(
@@ -226,12 +212,14 @@ def run_batches(
     num_steps: int,
     clock: Clock,
     on_step: Callable[[int], None],
-    set_rate: Callable[[torch.optim.Optimizer, float], None],
+    set_rate: Callable[[torch.optim.Optimizer, float], None] | None = None,
 ) -> float:
     """A step for each batch; the mean loss. RunError on a loss that is not finite.
 
     A batch is (image_ids, images), both of which can be cut into slices; ``loss_of(image_ids, images)`` is a mean over them.
+    ``set_rate(optimizer, epoch)`` replaces the config's schedule.
     """
+    set_rate = set_rate or (lambda optimizer, now: set_learning_rate(optimizer, learning_rate(config, now)))
     model.train()
     total, window = torch.zeros((), device=compute.device), torch.zeros((), device=compute.device)
     step = 0
@@ -262,6 +250,8 @@ def _one_step(model, batch: tuple[np.ndarray, Any], loss_of, optimizer, config: 
         loss_sum = loss_sum + loss.detach()
     if config.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if config.larc:
+        scale_larc(optimizer, config.larc, config.weight_decay)
     optimizer.step()
     return loss_sum
 

@@ -22,7 +22,7 @@ def real_data(tmp_path_factory) -> Path:
     """The unpacked sets: cifar10/{train,test}/CLASS/*, imagenette224/{train,val}/WNID/*, imagewoof320 likewise."""
     script = SHARED / "unpack.sh"
     if not script.exists():
-        pytest.skip("the folder of real images beside the project (../shared/data) is not here; automatic runs have it")
+        pytest.skip("the folder of real images beside the project (../shared/data) is not here")
     done = subprocess.run(["bash", script], check=True, capture_output=True, text=True)
     return Path(done.stdout.strip().splitlines()[-1])
 
@@ -31,7 +31,7 @@ def real_data(tmp_path_factory) -> Path:
 def official_lists() -> Path:
     """The folder of imagenet_meta/imagenet_subsets/{1percent,10percent}.txt and voc12_lists/train_aug.txt."""
     if not SHARED.exists():
-        pytest.skip("the folder of official lists beside the project (../shared/data) is not here; automatic runs have it")
+        pytest.skip("the folder of official lists beside the project (../shared/data) is not here")
     return SHARED
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tiny import assert_same_assignments, assignments, tiny
 
-from raydc import checkpoint, deepcluster, launch, prepare
+from raydc import checkpoint, deepcluster, family, launch, prepare
 from raydc.benchmarks import dense, segmentation, semisup
 from raydc.benchmarks.dense import loop as dense_loop
 from raydc.benchmarks.learner import Learner
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory, local_ray) -> Path:
     run_dir = tmp_path_factory.mktemp("two")
-    deepcluster.pretrain(tiny(run_dir, num_workers=2))
+    family.pretrain(tiny(run_dir, num_workers=2))
     return run_dir
 
 
@@ -46,7 +46,7 @@ def fit(loop, config, **extras):
     config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     labels = Shared(prepare.read_labels(data, manifest), local=local)
-    board, bank = Remote(launch.Board, local=local, num_cpus=0), deepcluster.make_bank(config, streams.sizes["train"], local)
+    board, bank = Remote(launch.Board, local=local, num_cpus=0), family.make_bank(config, streams.sizes["train"], local)
     job = Job(config, run_dir, board, streams, bank, {"labels": labels} | extras, 0.0)
     return launch.fit(loop, job, num_workers=config.num_workers, use_gpu=False, max_failures=0)
 
@@ -62,13 +62,13 @@ def gather(value):
 
 def test_one_worker_through_ray_is_the_local_loop(tmp_path):
     """Same threads, same images, same order: the labels are equal bit for bit."""
-    deepcluster.pretrain(tiny(tmp_path / "ray", num_workers=1, epochs=2))
-    deepcluster.pretrain(tiny(tmp_path / "local", num_workers=0, epochs=2))
+    family.pretrain(tiny(tmp_path / "ray", num_workers=1, epochs=2))
+    family.pretrain(tiny(tmp_path / "local", num_workers=0, epochs=2))
     assert_same_assignments(tmp_path / "ray", tmp_path / "local")
 
 
 def test_two_runs_with_two_workers_are_equal(two_workers, tmp_path):
-    deepcluster.pretrain(tiny(tmp_path, num_workers=2))
+    family.pretrain(tiny(tmp_path, num_workers=2))
     assert_same_assignments(two_workers, tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_killed_worker_changes_nothing(two_workers, tmp_path, capsys):
     config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=True, local=False)
     extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), "marker": str(tmp_path / "marker")}
-    board, bank = Remote(launch.Board, local=False, num_cpus=0), deepcluster.make_bank(config, 1437, False)
+    board, bank = Remote(launch.Board, local=False, num_cpus=0), family.make_bank(config, 1437, False)
     job = Job(config, run_dir, board, streams, bank, extras, 0.0)
     result = launch.fit(deadly_loop, job, num_workers=2, use_gpu=False, max_failures=1)
     assert (tmp_path / "marker").exists()
@@ -155,11 +155,11 @@ def test_a_killed_worker_changes_nothing(two_workers, tmp_path, capsys):
 @pytest.mark.slow
 def test_going_on_with_another_number_of_workers(two_workers, tmp_path):
     """The committed labels of the epoch at hand stay; later epochs may differ (smaller batches in BatchNorm)."""
-    deepcluster.pretrain(tiny(tmp_path, num_workers=2))
+    family.pretrain(tiny(tmp_path, num_workers=2))
     (tmp_path / "result.json").unlink()
     for path in (tmp_path / "checkpoints").glob("epoch_0002"):
         (path / "state.pt").unlink()
-    deepcluster.pretrain(tiny(tmp_path, num_workers=1))
+    family.pretrain(tiny(tmp_path, num_workers=1))
     for epoch in ("epoch_0000", "epoch_0001", "epoch_0002"):
         np.testing.assert_array_equal(assignments(tmp_path)[epoch][0], assignments(two_workers)[epoch][0])
 
@@ -233,7 +233,7 @@ def test_a_stream_gives_every_draw_of_the_plan_once(tmp_path, decode):
 
 def test_a_streamed_run_learns_and_covers_every_image(tmp_path):
     config = tiny(tmp_path, num_workers=1, epochs=1, images={"cache": "no", "decode": "worker"}, probe={"num_images": 300})
-    result = deepcluster.pretrain(config)
+    result = family.pretrain(config)
     assert result["metrics"]["linear_top1"] > 0.3  # ten classes: chance is 0.1
     for clusters, _ in assignments(tmp_path).values():
         assert len(clusters) == 1437
@@ -242,15 +242,15 @@ def test_a_streamed_run_learns_and_covers_every_image(tmp_path):
 
 def test_missing_resources_are_said_at_once(tmp_path):
     with pytest.raises(UsageError, match="64 workers need 66 CPUs .* lower --num-workers"):
-        deepcluster.pretrain(tiny(tmp_path, num_workers=64))
+        family.pretrain(tiny(tmp_path, num_workers=64))
     with pytest.raises(UsageError, match="needs 1 GPUs and 0 are there"):
-        deepcluster.pretrain(tiny(tmp_path, num_workers=1, use_gpu="yes"))
+        family.pretrain(tiny(tmp_path, num_workers=1, use_gpu="yes"))
 
 
 def test_a_nan_loss_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     config = tiny(tmp_path, num_workers=1, train={"lr": 1e30})
     with pytest.raises(deepcluster.RunError, match=r"the loss is not finite in epoch 0.*lower train\.lr"):
-        deepcluster.pretrain(config)
+        family.pretrain(config)
     assert not (tmp_path / "result.json").exists()
     assert checkpoint.load_assignment(Folder(str(tmp_path)), 0) is not None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import assert_same_assignments, tiny
 
-from raydc import checkpoint, deepcluster, training
+from raydc import checkpoint, deepcluster, family, training
 from raydc.clustering.bank import CoverageError, FeatureBank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole")
-    deepcluster.pretrain(tiny(run_dir))
+    family.pretrain(tiny(run_dir))
     return run_dir
 
 
@@ -72,8 +72,8 @@ def test_a_killed_run_goes_on_with_the_same_labels(uninterrupted, tmp_path, monk
     with monkeypatch.context() as patch:
         die_at(patch, owner, name, call, after=after)
         with pytest.raises(Killed):
-            deepcluster.pretrain(tiny(tmp_path))
-    deepcluster.pretrain(tiny(tmp_path))
+            family.pretrain(tiny(tmp_path))
+    family.pretrain(tiny(tmp_path))
     assert_same_assignments(uninterrupted, tmp_path)
     ours, theirs = (json.loads((p / "result.json").read_text()) for p in (tmp_path, uninterrupted))
     assert ours["metrics"] == theirs["metrics"]
@@ -84,11 +84,11 @@ def test_training_goes_on_without_extracting_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die_at(patch, training, "_one_step", STEPS + 6)
         with pytest.raises(Killed):
-            deepcluster.pretrain(tiny(tmp_path, epochs=2))
+            family.pretrain(tiny(tmp_path, epochs=2))
     with monkeypatch.context() as patch:
         die_at(patch, FeatureBank, "open", 1)  # the next extraction
         with pytest.raises(Killed):
-            deepcluster.pretrain(tiny(tmp_path, epochs=2))
+            family.pretrain(tiny(tmp_path, epochs=2))
     phases = [(line["epoch"], line["phase"]) for line in journal(tmp_path)]
     assert phases.count((1, "extract")) == 1
     assert phases.count((1, "train")) == 1
@@ -99,16 +99,16 @@ def test_labels_of_other_weights_are_not_used(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         die_at(patch, checkpoint, "save_assignment", 2, after=True)
         with pytest.raises(Killed):
-            deepcluster.pretrain(tiny(tmp_path, epochs=2))
+            family.pretrain(tiny(tmp_path, epochs=2))
     (tmp_path / "checkpoints/epoch_0000/state.pt").unlink()  # so that the weights are those of epoch 0 again
-    deepcluster.pretrain(tiny(tmp_path, epochs=2))
+    family.pretrain(tiny(tmp_path, epochs=2))
     phases = [line["phase"] for line in journal(tmp_path)]
     assert phases.count("cluster") == 3
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted, monkeypatch, capsys):
     die_at(monkeypatch, FeatureBank, "open", 1)
-    result = deepcluster.pretrain(tiny(uninterrupted))
+    result = family.pretrain(tiny(uninterrupted))
     assert result == json.loads((uninterrupted / "result.json").read_text())
     assert "finished" in capsys.readouterr().out
 
@@ -130,7 +130,7 @@ def test_a_bank_that_lost_its_features_is_filled_again(uninterrupted, tmp_path, 
         return real(self, token, *args)
 
     monkeypatch.setattr(FeatureBank, "cluster", forgetful)
-    deepcluster.pretrain(tiny(tmp_path))
+    family.pretrain(tiny(tmp_path))
     assert_same_assignments(uninterrupted, tmp_path)
 
 
@@ -140,7 +140,7 @@ def test_a_bank_that_never_works_ends_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FeatureBank, "cluster", broken)
     with pytest.raises(deepcluster.RunError, match="could not be clustered in 3 tries"):
-        deepcluster.pretrain(tiny(tmp_path))
+        family.pretrain(tiny(tmp_path))
 
 
 def test_sigkill_of_the_process(uninterrupted, tmp_path):
@@ -150,7 +150,7 @@ def test_sigkill_of_the_process(uninterrupted, tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from tiny import tiny
-        from raydc import deepcluster, training
+        from raydc import family, training
         real, calls = training._one_step, []
         def deadly(*args):
             calls.append(None)
@@ -158,10 +158,10 @@ def test_sigkill_of_the_process(uninterrupted, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
         training._one_step = deadly
-        deepcluster.pretrain(tiny(Path({str(tmp_path)!r})))
+        family.pretrain(tiny(Path({str(tmp_path)!r})))
     """)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, env=env)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    deepcluster.pretrain(tiny(tmp_path))
+    family.pretrain(tiny(tmp_path))
     assert_same_assignments(uninterrupted, tmp_path)

@@ -10,13 +10,13 @@ import time
 import pytest
 from tiny import assert_same_assignments, tiny
 
-from raydc import deepcluster
+from raydc import family
 
 RUN = """
 import sys
 from tiny import tiny
-from raydc import deepcluster
-deepcluster.pretrain(tiny(sys.argv[1], epochs=12, num_workers=1))
+from raydc import family
+family.pretrain(tiny(sys.argv[1], epochs=12, num_workers=1))
 """
 KILLS = 10
 
@@ -24,7 +24,7 @@ KILLS = 10
 @pytest.mark.soak
 @pytest.mark.usefixtures("local_ray")
 def test_ten_kills_of_the_whole_process_group(tmp_path):
-    deepcluster.pretrain(tiny(tmp_path / "whole", epochs=12, num_workers=1))
+    family.pretrain(tiny(tmp_path / "whole", epochs=12, num_workers=1))
     moments, kills = random.Random(0), 0
     while not (tmp_path / "killed" / "result.json").exists():
         command = [sys.executable, "-c", RUN, str(tmp_path / "killed")]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raydc.clustering.whitening import Whitening
+
 UNREADABLE = -1  # the pseudo-label of an image whose features could not be had; it is never drawn
 
 
@@ -20,6 +22,8 @@ class Assignment:
         centroids: float32 (k, d), in the space that was clustered.
         objective: sum of ``distances``.
         weights_hash: hash of the weights whose features these are.
+        whitening: from features to the space that was clustered.
+        num_repaired: empty clusters that got images again, over all iterations.
     """
 
     epoch: int
@@ -28,6 +32,8 @@ class Assignment:
     centroids: np.ndarray
     objective: float
     weights_hash: str
+    whitening: Whitening | None = None
+    num_repaired: int = 0
 
     @property
     def num_clusters(self) -> int:

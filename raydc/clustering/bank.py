@@ -6,15 +6,21 @@ A plain class; launch makes it a Ray actor. Importing it loads neither faiss nor
 from __future__ import annotations
 
 import os
+import time
 import uuid
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from raydc.clustering.assignment import UNREADABLE, Assignment
-from raydc.clustering.whitening import Moments, Whitening, fit_whitening
+from raydc.clustering.memory import FeatureMemory
+from raydc.clustering.online import OnlineClusters
+from raydc.clustering.whitening import Moments, Whitening, fit_whitening, l2, moments
 from raydc.config import ClusteringConfig, ProbeConfig
 from raydc.seeding import derive
+from raydc.storage import Folder
+
+ROWS = 65536  # rows that are projected at once
 
 
 class CoverageError(RuntimeError):
@@ -32,6 +38,8 @@ class FeatureBank:
         self.num_images, self.config = num_images, config
         self.threads, self.gpu = threads or os.cpu_count() or 1, gpu
         self.token = ""
+        self.memory: FeatureMemory | None = None
+        self.online: OnlineClusters | None = None
 
     def open(self) -> str:
         """Begin a pass and forget the last one; the token of the new one."""
@@ -47,6 +55,10 @@ class FeatureBank:
     def _check(self, token: str) -> None:
         if token != self.token:
             raise CoverageError("the bank knows another pass (it restarted, or the sender is late); extract again")
+
+    def cpu_s(self) -> float:
+        """CPU seconds of this process so far."""
+        return time.process_time()
 
     def add_moments(self, token: str, rank: int, sums: Moments) -> None:
         self._check(token)
@@ -90,10 +102,13 @@ class FeatureBank:
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.num_images:
             raise CoverageError(f"an image_id is outside 0..{self.num_images - 1}; the shards changed under the run")
 
-    def cluster(self, token: str, epoch: int, seed: int, weights_hash: str) -> Assignment:
-        """k-means of every readable image; CoverageError if one is missing, ValueError if k is above their number."""
-        from raydc.clustering.kmeans import kmeans
+    def cluster(
+        self, token: str, epoch: int, seed: int, weights_hash: str, previous_labels: np.ndarray | None = None
+    ) -> Assignment:
+        """Cluster every readable image; CoverageError if one is missing, ValueError if k is above their number.
 
+        ``previous_labels``: where k-means begins if it starts warm.
+        """
         self._check(token)
         self.covered &= ~self.unreadable
         if self.unreadable.all():
@@ -104,18 +119,131 @@ class FeatureBank:
             raise CoverageError(f"{missing.sum()} of {self.num_images} images were not extracted (image_id {first}...)")
         rows = np.flatnonzero(self.covered)
         features = self.features if len(rows) == self.num_images else self.features[rows]
-        result = kmeans(
-            features,
-            self.config.num_clusters,
-            iterations=self.config.iterations,
-            seed=derive(seed, "kmeans", epoch),
-            threads=self.threads,
-            gpu=self.gpu,
-        )
+        facts = {"epoch": epoch, "weights_hash": weights_hash, "whitening": self.whitening_}
+        return self._cluster(features, rows, derive(seed, "kmeans", epoch), previous_labels, facts)
+
+    def _cluster(self, features_nd: np.ndarray, rows: np.ndarray, seed: int, previous_labels, facts: dict) -> Assignment:
+        """``features_nd`` are those of the images ``rows``; all other images get no pseudo-label."""
+        from raydc.clustering.kmeans import kmeans, means
+        from raydc.clustering.pic import pic
+
+        config = self.config
+        if config.method == "pic":
+            where = {"neighbours": config.neighbours, "sigma": config.sigma}
+            result = pic(features_nd, **where, seed=seed, threads=self.threads)
+        else:
+            start = None
+            if config.start == "warm" and previous_labels is not None:
+                start = means(features_nd, previous_labels[rows], config.num_clusters)
+            how = {"iterations": config.iterations, "threads": self.threads, "gpu": self.gpu, "start_kd": start}
+            result = kmeans(features_nd, config.num_clusters, seed=seed, spherical=config.method == "spherical", **how)
         labels = np.full(self.num_images, UNREADABLE, np.int32)
         distances = np.zeros(self.num_images, np.float32)
         labels[rows], distances[rows] = result.labels_N, result.distances_N
-        return Assignment(epoch, labels, distances, result.centroids_kd, result.objective, weights_hash)
+        return Assignment(
+            pseudo_labels=labels,
+            distances=distances,
+            centroids=result.centroids_kd,
+            objective=result.objective,
+            num_repaired=result.num_repaired,
+            **facts,
+        )
+
+    # --- memory: features of the last time an image was trained on; it outlives the passes ------------------------------
+
+    def open_memory(self, num_views: int = 1) -> None:
+        """Forget what was remembered."""
+        self.memory, self.online = FeatureMemory(self.num_images, num_views), None
+
+    def remember(self, view: int, image_ids: np.ndarray, steps: np.ndarray, features_Bd: np.ndarray) -> None:
+        self._check_memory()
+        self._check_ids(image_ids)
+        self.memory.write(view, image_ids, steps, features_Bd)
+
+    def _check_memory(self) -> FeatureMemory:
+        if self.memory is None:
+            raise CoverageError("the bank restarted and remembers nothing")
+        return self.memory
+
+    def cluster_memory(
+        self, view: int, unreadable: np.ndarray, epoch: int, seed: int, weights_hash: str, previous_labels=None
+    ) -> Assignment:
+        """Cluster what is remembered of every image that is not ``unreadable`` (ids); CoverageError if one is missing."""
+        memory = self._check_memory()
+        wanted = np.ones(self.num_images, bool)
+        wanted[unreadable] = False
+        if not wanted.any():
+            raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
+        missing = wanted & memory.missing()
+        if missing.any():
+            first = np.flatnonzero(missing)[:3].tolist()
+            raise CoverageError(f"{missing.sum()} of {self.num_images} images are not remembered (image_id {first}...)")
+        rows = np.flatnonzero(wanted)
+        features = memory.features[view][rows]
+        with threadpool_limits(self.threads):
+            sums = moments(features)
+            if not np.isfinite(sums.total_D).all():
+                raise ValueError("features are not finite; lower train.lr and start a new run directory")
+            whitening = fit_whitening(sums, self.config.pca_dim, self.config.whiten)
+            reduced = np.concatenate([whitening(features[at : at + ROWS]) for at in range(0, len(rows), ROWS)])
+        facts = {"epoch": epoch, "weights_hash": weights_hash, "whitening": whitening}
+        return self._cluster(reduced, rows, derive(seed, "kmeans", epoch, view), previous_labels, facts)
+
+    def num_older(self, step: int) -> int:
+        """Images whose remembered feature is of before ``step``."""
+        return self._check_memory().num_older(step)
+
+    def save_memory(self, folder: Folder, file: str) -> None:
+        """Commit what is remembered, beside and renamed; 4 V d bytes an image."""
+        from safetensors.numpy import save
+
+        state = self._check_memory().state()
+        if self.online is not None:
+            state |= {f"online.{key}": value for key, value in self.online.state().items()}
+        folder.write(file, save({key: np.ascontiguousarray(value) for key, value in state.items()}))
+
+    def load_memory(self, folder: Folder, file: str, online: dict | None = None) -> bool:
+        """Go on with what was committed; False where nothing was. ``online``: options of OnlineClusters, for ODC."""
+        from safetensors.numpy import load
+
+        self.memory = self.online = None
+        if not folder.exists(file):
+            return False
+        state = load(folder.read(file))
+        self.memory = FeatureMemory.load(state)
+        if online is not None:
+            kept = {key.removeprefix("online."): value for key, value in state.items() if key.startswith("online.")}
+            self.online = OnlineClusters.load(self.memory.features[0], kept, **online)
+        return True
+
+    # --- online labels (ODC) ---------------------------------------------------------------------------------------------
+
+    def open_online(self, labels: np.ndarray, num_clusters: int, options: dict) -> np.ndarray:
+        """Labels that change with each step, beginning with ``labels``, over what is remembered; the labels in force."""
+        features = self._check_memory().features[0]
+        features[:] = l2(features)
+        self.online = OnlineClusters(features, labels, num_clusters, **options)
+        return self.online.labels.copy()
+
+    def update_online(self, image_ids: np.ndarray, features_Bd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A global batch's new features; (image_ids, labels) of all images whose label changed."""
+        if self.online is None:
+            raise CoverageError("the bank restarted and remembers nothing")
+        return self.online.update(image_ids, features_Bd)
+
+    def online_assignment(self, epoch: int, weights_hash: str) -> Assignment:
+        """The labels in force, as a clustering."""
+        labels, features = self.online.labels, self.online.features
+        centroids = self.online.centroids.astype(np.float32)
+        known = labels >= 0
+        distances = np.zeros(len(labels), np.float32)
+        for at in range(0, len(labels), ROWS):
+            rows = slice(at, at + ROWS)
+            distances[rows] = ((features[rows] - centroids[labels[rows]]) ** 2).sum(1) * known[rows]
+        repaired = self.online.num_split
+        self.online.reset_counts()
+        objective = float(distances.sum(dtype=np.float64))
+        return Assignment(epoch, labels.copy(), distances, centroids, objective, weights_hash, None, repaired)
 
     # --- probes: raw features of a labelled part of the images ---------------------------------------------------------
 

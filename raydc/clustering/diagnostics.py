@@ -23,6 +23,7 @@ def health(assignment: Assignment) -> dict:
     return {
         "num_clusters": assignment.num_clusters,
         "num_empty_clusters": assignment.num_empty_clusters,
+        "num_repaired": assignment.num_repaired,
         "num_singletons": int((sizes == 1).sum()),
         "largest_cluster": float(share.max()),
         "effective_clusters": float(np.exp(-(share * np.log(share)).sum())),

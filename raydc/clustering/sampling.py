@@ -61,6 +61,19 @@ def plain_plan(pseudo_labels: np.ndarray, length: int, seed: int) -> SamplingPla
     return uniform_plan(np.where(pseudo_labels >= 0, 0, -1), 1, length, seed)
 
 
+def cluster_weights(sizes_k: np.ndarray, power: float) -> np.ndarray:
+    """float32 (k,): the loss weight of each cluster's images, sizes^-power, 0 for empty ones (protocol 1b.5).
+
+    Scaled so that the mean over all images is 1. The reference scales the weights to sum 1 inside a weighted mean, which
+    divides by the weights of the batch at hand. Ours is the same in expectation and needs no division, so gradients keep
+    their size (protocol 1b.6c), and micro-batches and ranks add up.
+    """
+    sizes = np.asarray(sizes_k, np.float64)
+    weights = np.where(sizes > 0, np.maximum(sizes, 1) ** -power, 0)
+    total = sizes @ weights
+    return (weights * (sizes.sum() / total if total else 1)).astype(np.float32)
+
+
 def _share(total: int, clusters: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """``total`` split over ``clusters``; who gets one more is drawn anew each epoch."""
     quotas = np.zeros(num_clusters, np.int64)

@@ -40,13 +40,19 @@ def moments(features_ND: np.ndarray, rows: int = 16384) -> Moments:
 
 @dataclass(frozen=True)
 class Whitening:
-    """x -> L2((x - mean) @ matrix), float32; ``project`` stops before the L2."""
+    """x -> L2((x - mean) @ matrix), float32; ``project`` stops before the L2. Without a matrix x -> L2(x).
+
+    ``norm``: root mean square length of what ``project`` gives, over the images of the fit; 0 where all are alike.
+    """
 
     mean_D: np.ndarray
-    matrix_Dd: np.ndarray
+    matrix_Dd: np.ndarray | None
     num_negligible: int = 0
+    norm: float = 1.0
 
     def project(self, features_ND: np.ndarray) -> np.ndarray:
+        if self.matrix_Dd is None:
+            return features_ND
         return (features_ND - self.mean_D) @ self.matrix_Dd
 
     def __call__(self, features_ND: np.ndarray) -> np.ndarray:
@@ -59,7 +65,12 @@ def l2(features: np.ndarray) -> np.ndarray:
 
 
 def fit_whitening(sums: Moments, dim: int, whiten: bool = True) -> Whitening:
-    """The ``dim`` strongest principal directions; with ``whiten`` each is divided by its standard deviation."""
+    """The ``dim`` strongest principal directions; with ``whiten`` each is divided by its standard deviation.
+
+    ``dim`` 0: the features as they are, neither centred nor turned.
+    """
+    if dim == 0:
+        return _as_they_are(sums)
     mean = sums.total_D / sums.count
     covariance = sums.gram_DD / sums.count - np.outer(mean, mean)
     values, vectors = np.linalg.eigh(covariance)
@@ -71,4 +82,10 @@ def fit_whitening(sums: Moments, dim: int, whiten: bool = True) -> Whitening:
     noise = 1e-13 * np.trace(sums.gram_DD) / sums.count
     useful = values > max(values[0] * NEGLIGIBLE, noise)
     scale = np.where(useful, 1 / np.sqrt(np.where(useful, values, 1)) if whiten else 1.0, 0.0)
-    return Whitening(mean.astype(np.float32), (vectors * scale).astype(np.float32), int((~useful).sum()))
+    norm = float(np.sqrt((values * scale**2).sum()))
+    return Whitening(mean.astype(np.float32), (vectors * scale).astype(np.float32), int((~useful).sum()), norm)
+
+
+def _as_they_are(sums: Moments) -> Whitening:
+    norm = float(np.sqrt(np.trace(sums.gram_DD) / sums.count))
+    return Whitening(np.zeros(len(sums.total_D), np.float32), None, 0, norm)

@@ -5,6 +5,7 @@ No Ray here: launch puts the array into the object store, where all workers of a
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from raydc.config import ImagesConfig
 from raydc.data import shards, transforms
 from raydc.data.decode import decode
 from raydc.data.schema import Manifest
+from raydc.seeding import derive
 from raydc.storage import Folder
 
 EXTRACT_BATCH = 256  # images; a multiple of what CPUs and GPUs like, small enough for a laptop
@@ -117,6 +119,20 @@ def cut(images: list[np.ndarray], boxes: np.ndarray, flips, size: int, pool: Thr
     return crops
 
 
+class Crops(tuple):
+    """Several crops of a batch's images, each (B, 3, S, S) with its own S; a slice cuts every one of them."""
+
+    def __getitem__(self, rows):
+        return Crops(crop[rows] for crop in self)
+
+
+def crops_of(views: list[ImagesConfig], seed: int, crop_of) -> torch.Tensor | Crops:
+    """``crop_of(view, seed)`` of the only view, or of each with a seed of its own."""
+    if len(views) == 1:
+        return crop_of(views[0], seed)
+    return Crops(crop_of(view, derive(seed, "view", number)) for number, view in enumerate(views))
+
+
 class CachedImages:
     """Both views of a cached train split (and the plain view of others) for one worker of ``world_size``."""
 
@@ -135,22 +151,30 @@ class CachedImages:
             batch = mine[start : start + EXTRACT_BATCH]
             array = self.arrays[split]
             boxes = transforms.centre_boxes(self.config, array.heights[batch], array.widths[batch])
-            yield batch, self._crops(array, batch, boxes, None)
+            yield batch, self._crops(array, batch, boxes, None, self.config.size)
 
-    def train(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """This rank's part of every global batch of the plan: (image_ids, augmented pixels (B, 3, S, S))."""
+    def train(
+        self, plan: SamplingPlan, seed: int, batch_size: int, views: list[ImagesConfig] | None = None
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor | Crops]]:
+        """This rank's part of every global batch of the plan: (image_ids, augmented pixels (B, 3, S, S)).
+
+        ``views``: how each of several crops is cut; they come as ``Crops``.
+        """
         image_ids, draws = plan.draws()
-        part, array = batch_size // self.world_size, self.arrays["train"]
+        part = batch_size // self.world_size
         for start in range(self.rank * part, len(image_ids), batch_size):
             ids, numbers = image_ids[start : start + part], draws[start : start + part]
-            augmentation = transforms.draw_augmentation(
-                self.config, seed, ids, numbers, array.heights[ids], array.widths[ids]
-            )
-            crops = self._crops(array, ids, augmentation.box, augmentation.flip)
-            yield ids, transforms.augment(crops, augmentation, self.config)
+            cut_one = functools.partial(self._augmented, ids, numbers)
+            yield ids, crops_of(views or [self.config], seed, cut_one)
 
-    def _crops(self, array: ImageArray, ids: np.ndarray, boxes: np.ndarray, flips) -> torch.Tensor:
+    def _augmented(self, ids: np.ndarray, draws: np.ndarray, config: ImagesConfig, seed: int) -> torch.Tensor:
+        array = self.arrays["train"]
+        augmentation = transforms.draw_augmentation(config, seed, ids, draws, array.heights[ids], array.widths[ids])
+        crops = self._crops(array, ids, augmentation.box, augmentation.flip, config.size)
+        return transforms.augment(crops, augmentation, config)
+
+    def _crops(self, array: ImageArray, ids: np.ndarray, boxes: np.ndarray, flips, size: int) -> torch.Tensor:
         if array.shape and array.shape[0] * array.shape[1] <= 96 * 96:
             pixels = torch.from_numpy(array.stack(ids)).to(self.device)
-            return transforms.crop_batch(pixels, boxes, flips, self.config.size)
-        return cut([array.one(i) for i in ids], boxes, flips, self.config.size, self.pool).to(self.device)
+            return transforms.crop_batch(pixels, boxes, flips, size)
+        return cut([array.one(i) for i in ids], boxes, flips, size, self.pool).to(self.device)

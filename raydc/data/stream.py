@@ -23,7 +23,7 @@ import ray.train
 from raydc.clustering.sampling import SamplingPlan
 from raydc.config import Config, ImagesConfig, RunError
 from raydc.data import cache, shards, transforms
-from raydc.data.cache import EXTRACT_BATCH, CachedImages, cut
+from raydc.data.cache import EXTRACT_BATCH, CachedImages, crops_of, cut
 from raydc.data.decode import UnreadableImage, decode
 from raydc.data.schema import Manifest
 from raydc.launch import Remote, Shared, Worker
@@ -126,6 +126,8 @@ def _cut(dataset, config: Config, plans: Remote | None = None):
 def decode_in_tasks(config: Config) -> bool:
     if config.images.decode != "auto":
         return config.images.decode == "tasks"
+    if config.algorithm == "deepcluster_v2":  # a task cuts one crop of a draw
+        return False
     return ray.is_initialized() and ray.cluster_resources().get("CPU", 0) > 4 * max(1, config.num_workers)
 
 
@@ -324,9 +326,10 @@ class StreamedImages:
         boxes = transforms.centre_boxes(self.config, *_sizes(images))
         return ids[good], cut(images, boxes, None, self.config.size, self.pool)
 
-    def train(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator:
+    def train(self, plan: SamplingPlan, seed: int, batch_size: int, views: list[ImagesConfig] | None = None) -> Iterator:
         """This rank's share of the plan's draws, in parts of global batches: (image_ids, augmented pixels)."""
-        return (self._train_batch(batch, seed) for batch in self.draws(plan, seed, batch_size))
+        views = views or [self.config]
+        return (self._train_batch(batch, seed, views) for batch in self.draws(plan, seed, batch_size))
 
     def draws(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[list[tuple[int, int, bytes]]]:
         """The same, before decoding: lists of (image_id, draw, encoded image or crop). The plan is published at once."""
@@ -342,7 +345,7 @@ class StreamedImages:
             payload = table["crop" if "crop" in table.column_names else "image"]
             yield from zip(table["image_id"].to_pylist(), table["draw"].to_pylist(), payload.to_pylist(), strict=True)
 
-    def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int):
+    def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int, views: list[ImagesConfig]):
         ids, draws = (np.array(column, np.int64) for column in zip(*((i, d) for i, d, _ in batch), strict=True))
         payload = [data for _, _, data in batch]
         if None in payload:
@@ -352,13 +355,17 @@ class StreamedImages:
             crops = self._unpack(pa.array(payload, pa.binary()))
             sizes = np.ones(len(ids), np.int64), np.ones(len(ids), np.int64)
             augmentation = transforms.draw_augmentation(self.config, seed, ids, draws, *sizes)
-        else:
-            images = list(self.pool.map(_try_decode, payload))
-            if any(image is None for image in images):
-                raise RunError(f"image_id {ids[images.index(None)]} can no longer be read; the shards changed under the run")
-            augmentation = transforms.draw_augmentation(self.config, seed, ids, draws, *_sizes(images))
-            crops = cut(images, augmentation.box, augmentation.flip, self.config.size, self.pool)
-        return ids, transforms.augment(crops.to(self.worker.device), augmentation, self.config)
+            return ids, transforms.augment(crops.to(self.worker.device), augmentation, self.config)
+        images = list(self.pool.map(_try_decode, payload))
+        if any(image is None for image in images):
+            raise RunError(f"image_id {ids[images.index(None)]} can no longer be read; the shards changed under the run")
+
+        def augmented(config: ImagesConfig, seed: int):
+            augmentation = transforms.draw_augmentation(config, seed, ids, draws, *_sizes(images))
+            crops = cut(images, augmentation.box, augmentation.flip, config.size, self.pool)
+            return transforms.augment(crops.to(self.worker.device), augmentation, config)
+
+        return ids, crops_of(views, seed, augmented)
 
     def _unpack(self, crops: pa.Array):
         import torch

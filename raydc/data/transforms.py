@@ -41,6 +41,7 @@ class Augmentation:
     order: np.ndarray  # int64 (B, 4): order of the four colour operations
     grayscale: np.ndarray  # bool
     lighting: np.ndarray | None = None  # (B, 3): what is added to R, G and B, in 0..255
+    blur: np.ndarray | None = None  # standard deviation in pixels, 0 where there is no blur
 
 
 def draw_augmentation(
@@ -53,6 +54,8 @@ def draw_augmentation(
         return uniforms(derive(seed, purpose), image_ids, draws, count)
 
     colour = numbers("colour", 4)
+    if config.jitter < 1:
+        colour[numbers("jitter", 1)[:, 0] >= config.jitter] = np.nan
     elastic = None
     if config.elastic:
         elastic = _normal(numbers("elastic", 64)).reshape(num, 4, 4, 2).astype(np.float32) * config.elastic * 2
@@ -64,10 +67,11 @@ def draw_augmentation(
         brightness=_factor(colour[:, 0], config.brightness),
         contrast=_factor(colour[:, 1], config.contrast),
         saturation=_factor(colour[:, 2], config.saturation),
-        hue=((2 * colour[:, 3] - 1) * config.hue).astype(np.float32),
+        hue=np.nan_to_num((2 * colour[:, 3] - 1) * config.hue).astype(np.float32),
         order=np.argsort(numbers("order", 4), axis=1),
         grayscale=numbers("grayscale", 1)[:, 0] < config.grayscale,
         lighting=_lighting(config, numbers("lighting", 6)) if config.lighting else None,
+        blur=_blur_sigmas(config, numbers("blur", 2)) if config.blur else None,
     )
 
 
@@ -78,7 +82,14 @@ def _normal(u: np.ndarray) -> np.ndarray:
 
 
 def _factor(u: np.ndarray, amount: float) -> np.ndarray:
-    return (max(0.0, 1 - amount) + u * (1 + amount - max(0.0, 1 - amount))).astype(np.float32)
+    """From 1 - amount to 1 + amount, never below 0; 1 where nothing was drawn (NaN)."""
+    drawn = max(0.0, 1 - amount) + u * (1 + amount - max(0.0, 1 - amount))
+    return np.where(np.isnan(u), 1, drawn).astype(np.float32)
+
+
+def _blur_sigmas(config: ImagesConfig, u: np.ndarray) -> np.ndarray:
+    low, high = config.blur_sigma
+    return np.where(u[:, 0] < config.blur, low + u[:, 1] * (high - low), 0).astype(np.float32)
 
 
 def _lighting(config: ImagesConfig, u: np.ndarray) -> np.ndarray:
@@ -193,6 +204,23 @@ def augment(crops: torch.Tensor, parameters: Augmentation, config: ImagesConfig)
         x = recolour(x, parameters)
     if parameters.lighting is not None:
         x = x + torch.from_numpy(parameters.lighting).to(x.device)[:, :, None, None]
+    if parameters.blur is not None and parameters.blur.any():
+        x = _blurred(x, parameters.blur)
+    return x
+
+
+def _blurred(x: torch.Tensor, sigmas: np.ndarray) -> torch.Tensor:
+    """Each image with its own Gaussian, of three standard deviations to a side, borders mirrored as torchvision has them."""
+    where = torch.from_numpy(np.flatnonzero(sigmas > 0)).to(x.device)
+    sigma = torch.from_numpy(sigmas).to(x.device)[where]
+    _, channels, height, width = x.shape
+    reach = min(math.ceil(3 * float(sigmas.max())), height - 1, width - 1)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, None]  # (B * 3, 1, 1, taps)
+    planes = F.pad(x[where].reshape(1, -1, height, width), (reach,) * 4, mode="reflect")
+    planes = F.conv2d(F.conv2d(planes, kernel, groups=len(kernel)), kernel.transpose(2, 3), groups=len(kernel))
+    x = x.clone()
+    x[where] = planes.reshape(-1, channels, height, width)
     return x
 
 

@@ -1,7 +1,7 @@
-"""The network that is kept: residual networks out of torchvision's blocks, with taps feature1..feature5.
+"""The network that is kept: residual networks out of torchvision's blocks, with taps feature1..feature5, or the paper's.
 
-A state dict has torchvision's names and, at width 64 with the imagenet stem, torchvision's shapes: it loads into
-``torchvision.models.resnet50()`` with ``fc`` replaced by ``nn.Identity()`` and ``strict=True``.
+A residual network's state dict has torchvision's names and, at width 64 with the imagenet stem, torchvision's shapes: it
+loads into ``torchvision.models.resnet50()`` with ``fc`` replaced by ``nn.Identity()`` and ``strict=True``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from raydc.config import ModelConfig
+from raydc.config import ModelConfig, check
 from raydc.models.norm import PixelNorm
+from raydc.models.paper import VGG16, AlexNet
 from raydc.models.sobel import Sobel
 
 BLOCKS = {
@@ -61,6 +62,10 @@ class Backbone(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.taps(pixels)["feature5"].mean((2, 3))
 
+    def activate(self, features: torch.Tensor) -> torch.Tensor:
+        """What a head sees in training: the features, which are past their ReLU already."""
+        return features
+
 
 def _stage(block: type[nn.Module], inputs: int, planes: int, depth: int, stride: int) -> nn.Sequential:
     outputs, downsample = planes * block.expansion, None
@@ -80,8 +85,22 @@ def _initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def build_backbone(config: ModelConfig, seed: int) -> Backbone:
+def make_backbone(config: ModelConfig) -> nn.Module:
+    """The network of ``model.architecture``, its weights drawn from torch's generator."""
+    return {"alexnet": AlexNet, "vgg16": VGG16}.get(config.architecture, Backbone)(config)
+
+
+def build_backbone(config: ModelConfig, seed: int) -> nn.Module:
     """Fresh weights that depend on ``seed`` alone; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Backbone(config)
+        return make_backbone(config)
+
+
+def check_residual(backbone: nn.Module, task: str) -> None:
+    """UsageError for the paper's networks, which have no stages that ``task`` could rebuild."""
+    check(
+        isinstance(backbone, Backbone),
+        f"{task} needs a residual network, this one is {type(backbone).__name__}; give a backbone of model.architecture "
+        f"{', '.join(BLOCKS)}",
+    )

@@ -21,7 +21,7 @@ from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from raydc.config import UsageError
-from raydc.models.backbone import Backbone
+from raydc.models.backbone import Backbone, check_residual
 
 DIVISOR = 32  # a side of what the backbone sees is a multiple of it
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # square root of an anchor's area
@@ -51,7 +51,11 @@ Maps = dict[str, torch.Tensor]
 
 
 def faster_rcnn_c4(backbone: Backbone, num_classes: int) -> Detector:
-    """VOC's detector (protocol 6.1). Nothing is frozen. The backbone is taken over: its layer4 becomes the regions' head."""
+    """VOC's detector (protocol 6.1). Nothing is frozen. The backbone is taken over: its layer4 becomes the regions' head.
+
+    UsageError for a backbone that is no residual network.
+    """
+    check_residual(backbone, "detection")
     channels, stride = _channels(backbone, "feature4"), _strides(backbone)["feature4"]
     head = _C4Head(backbone.layer4, _channels(backbone, "feature5"))
     backbone.layer4 = nn.Identity()
@@ -61,7 +65,11 @@ def faster_rcnn_c4(backbone: Backbone, num_classes: int) -> Detector:
 
 
 def mask_rcnn_fpn(backbone: Backbone, num_classes: int) -> Detector:
-    """COCO's detector with masks (protocol 6.2, 1x). Nothing is frozen."""
+    """COCO's detector with masks (protocol 6.2, 1x). Nothing is frozen.
+
+    UsageError for a backbone that is no residual network.
+    """
+    check_residual(backbone, "detection")
     strides = tuple(_strides(backbone)[name] for name in FPN_LEVELS)
     anchors = _Anchors(tuple((size,) for size in ANCHOR_SIZES), (*strides, 2 * strides[-1]))
     rpn = _Rpn(anchors, FPN_CHANNELS, FPN_BEFORE_NMS, FPN_AFTER_NMS, inside_only=False)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from raydc.config import UsageError
-from raydc.models.backbone import Backbone
+from raydc.models.backbone import Backbone, check_residual
 
 DILATIONS = {3: (1, 2), 4: (2, 4)}  # of a stage: in its first convolution (contract_dilation), and in all after it
 AUXILIARY_WEIGHT = 0.4
@@ -22,8 +22,9 @@ def dilate(backbone: Backbone) -> None:
     """Stages 3 and 4 keep the resolution of stage 2, in place and with the same weights: strides 1, dilations 2 and 4.
 
     What the network computed before is what it now computes at every second or fourth pixel, the first one included.
-    Doing it twice is doing it once.
+    Doing it twice is doing it once. UsageError for a backbone that is no residual network.
     """
+    check_residual(backbone, "segmentation")
     for stage, dilations in DILATIONS.items():
         convolutions = [one for one in getattr(backbone, f"layer{stage}").modules() if isinstance(one, nn.Conv2d)]
         for one in convolutions:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raydc.clustering.sampling import plain_plan, plan_length, uniform_plan
+from raydc.clustering.sampling import cluster_weights, plain_plan, plan_length, uniform_plan
 from raydc.seeding import derive
 
 seeds = st.integers(0, 2**63 - 1)
@@ -168,3 +168,44 @@ def test_a_plan_is_whole_batches_near_its_length(num_images, multiple, batch_siz
 def test_imagenets_plan_is_protocol_12s():
     """1,281,167 images, batch 512: 2,503 iterations with a partial last one, here 2,502 whole ones (2,502.3)."""
     assert plan_length(1_281_167, 1.0, 512) == 2502 * 512
+
+
+# --- weights of the loss instead of draws --------------------------------------------------------------------------------
+
+
+def test_weights_by_hand():
+    """Sizes 1, 4, 0: to the power -1/2 they are 1, 1/2, 0; the five images' mean is 3 / 5."""
+    weights = cluster_weights(np.array([1, 4, 0]), 0.5)
+    assert weights.dtype == np.float32
+    assert np.allclose(weights, np.array([1, 0.5, 0]) * 5 / 3)
+    assert np.allclose(cluster_weights(np.array([2, 6, 0]), 1), [2, 2 / 3, 0]), "a cluster weighs as much as any other"
+    assert np.array_equal(cluster_weights(np.array([2, 6]), 0), [1, 1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(assignments(), st.floats(0, 3))
+def test_the_mean_weight_of_an_image_is_one_and_ratios_are_the_references(assignment, power):
+    """Protocol 1b.5: (1 / (n + 1e-10))^power, up to a factor."""
+    labels, k = assignment
+    sizes = np.bincount(labels[labels >= 0], minlength=k)
+    weights = cluster_weights(sizes, power)
+    assert weights[labels[labels >= 0]].mean(dtype=np.float64) == pytest.approx(1, rel=1e-5)
+    assert (weights[sizes == 0] == 0).all()
+    filled = sizes > 0
+    theirs = (1 / (sizes[filled] + 1e-10)) ** power
+    assert np.allclose(weights[filled] / weights[filled][0], theirs / theirs[0], rtol=1e-4)
+
+
+def test_weighted_losses_of_parts_add_up_to_the_references_weighted_mean():
+    """Over all images a sum of ours, divided by their number, is the reference's weighted mean."""
+    labels = heavy_tailed(5000, 50)
+    losses = np.random.default_rng(1).uniform(0, 5, 5000)
+    weights = cluster_weights(np.bincount(labels), 0.5)[labels]
+    parts = sum((losses[part] * weights[part]).sum() for part in np.array_split(np.arange(5000), 7))
+    reference = np.bincount(labels)[labels] ** -0.5
+    assert parts / 5000 == pytest.approx(np.average(losses, weights=reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[0, 0], []])
+def test_weights_without_images_are_zero(sizes):
+    assert np.array_equal(cluster_weights(np.array(sizes, np.int64), 0.5), np.zeros(len(sizes)))

@@ -100,3 +100,50 @@ def test_constant_features_do_not_become_noise():
 def test_more_dimensions_than_there_are_is_all_of_them(digits):
     assert fit_whitening(moments(digits), 256).matrix_Dd.shape == (64, 64)
     assert fit_whitening(moments(digits), 256).num_negligible == 3, "the three pixels that are always zero"
+
+
+# --- the norm, and no PCA at all -----------------------------------------------------------------------------------------
+
+
+def root_mean_square_length(rows: np.ndarray) -> float:
+    return float(np.sqrt((rows.astype(np.float64) ** 2).sum(1).mean()))
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("dim", [1, 32, 64, 256])
+def test_the_norm_is_the_root_mean_square_length_before_the_l2(digits, dim, whiten):
+    ours = fit_whitening(moments(digits), dim, whiten)
+    assert isinstance(ours.norm, float)
+    assert ours.norm == pytest.approx(root_mean_square_length(ours.project(digits)), rel=1e-3)
+
+
+def test_the_norm_of_whitened_digits_is_the_root_of_their_useful_directions(digits):
+    assert fit_whitening(moments(digits), 32).norm == pytest.approx(np.sqrt(32))
+    assert fit_whitening(moments(digits), 256).norm == pytest.approx(np.sqrt(61)), "three pixels are always zero"
+
+
+def test_without_whitening_all_directions_hold_the_total_variance(digits):
+    assert fit_whitening(moments(digits), 64, whiten=False).norm == pytest.approx(np.sqrt(digits.var(0).sum()), rel=1e-5)
+
+
+def test_constant_features_have_no_length_left():
+    whitening = fit_whitening(moments(np.full((500, 64), 0.7, np.float32)), 16)
+    assert whitening.norm == 0
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+def test_dim_0_leaves_the_features_as_they_are(digits, whiten):
+    raw = fit_whitening(moments(digits), 0, whiten)
+    assert raw.matrix_Dd is None and raw.num_negligible == 0
+    assert np.array_equal(raw.mean_D, np.zeros(64)) and raw.mean_D.dtype == np.float32
+    assert np.array_equal(raw.project(digits), digits)
+    assert np.allclose(raw(digits), digits / np.linalg.norm(digits, axis=1, keepdims=True), atol=1e-6)
+    assert raw(digits).dtype == np.float32
+    assert raw.norm == pytest.approx(root_mean_square_length(digits), rel=1e-6)
+
+
+def test_by_hand_what_dim_0_keeps():
+    """Rows of lengths 5 and 1: the root of (25 + 1) / 2."""
+    raw = fit_whitening(moments(np.array([[3, 4], [1, 0]], np.float32)), dim=0, whiten=False)
+    assert raw.norm == pytest.approx(np.sqrt(13))
+    assert np.allclose(raw(np.array([[6, 8]], np.float32)), [[0.6, 0.8]])

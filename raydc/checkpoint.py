@@ -26,6 +26,7 @@ from raydc.clustering.assignment import Assignment
 from raydc.clustering.whitening import Whitening
 from raydc.config import ModelConfig, RunError, UsageError
 from raydc.models.backbone import Backbone, make_backbone
+from raydc.models.head import with_rows
 from raydc.storage import Folder
 
 KEEP_STATES = 2
@@ -49,12 +50,15 @@ class TrainState:
             self.epoch = epoch + 1
 
     def resize_head(self, num_clusters: int) -> None:
-        """Another number of clusters (PIC finds its own): new parameters, which the optimizer has never seen."""
+        """Another number of clusters (PIC finds its own): rows of weights and momentum are cut off or added."""
         head = self.model.head
-        for parameter in head.parameters():
-            self.optimizer.state.pop(parameter, None)
+        states = [self.optimizer.state.pop(parameter, None) for parameter in head.parameters()]
         head.resize(num_clusters)
         self.optimizer.param_groups[-1]["params"] = list(head.parameters())
+        for parameter, state in zip(head.parameters(), states, strict=True):
+            if state and state.get("momentum_buffer") is not None:
+                state["momentum_buffer"] = with_rows(state["momentum_buffer"], num_clusters)
+                self.optimizer.state[parameter] = state
 
 
 def name(epoch: int) -> str:
@@ -155,7 +159,7 @@ def save_assignment(folder: Folder, assignment: Assignment, part: int = 0) -> No
     if (whitening := assignment.whitening) is not None:
         arrays |= {"mean": whitening.mean_D, "norm": np.array(whitening.norm)}
         arrays |= {} if whitening.matrix_Dd is None else {"matrix": whitening.matrix_Dd}
-    tensors = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+    tensors = {key: np.asarray(value, order="C") for key, value in arrays.items()}
     _write(folder, f"{stem}.centroids.safetensors", safetensors.numpy.save(tensors))
     ids = np.arange(len(assignment.pseudo_labels))
     table = pa.table({"image_id": ids, "cluster": assignment.pseudo_labels, "distance": assignment.distances})

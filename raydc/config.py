@@ -39,11 +39,12 @@ def _check_choices(section: str, config) -> None:
 
 NOT_NEGATIVE = ("final_lr", "warmup_epochs", "warmup_lr", "reweight_power", "larc")  # of TrainConfig
 # What an algorithm leaves no choice in.
-NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+NEEDS: dict[str, dict[str, tuple]] = {
     "deepcluster": {},
     "deepcluster_v2": {
         "clustering.features": ("remembered",),
         "clustering.method": ("kmeans", "spherical"),
+        "clustering.pca_dim": (0,),
         "train.head": ("centroids",),
         "train.balance": ("uniform", "none"),
     },
@@ -429,7 +430,7 @@ class Config:
             check(
                 value in needed,
                 f"algorithm {self.algorithm} excludes {field_name} {value}; give --{field_name.replace('_', '-')} "
-                f"{' or '.join(needed)}, or another algorithm",
+                f"{' or '.join(map(str, needed))}, or another algorithm",
             )
         check(
             self.algorithm != "deepcluster"

@@ -151,19 +151,31 @@ def reassign(run: Run, assignment: Assignment) -> None:
     if before is not None:
         source = match(before.pseudo_labels, assignment.pseudo_labels, before.num_clusters, assignment.num_clusters)
     source = run.worker.broadcast(source)
+    if source is not None:
+        carry_over(run, torch.from_numpy(source), seed)
+        return
     if assignment.num_clusters != head.out_features:  # PIC finds the number of clusters itself
         run.state.resize_head(assignment.num_clusters)
         run.wrap()
-    if source is not None:
-        source = torch.from_numpy(source)
-        head.take_over(source, seed)
-        carry_momentum(optimizer, head.parameters(), source)
-        return
     head.refresh(seed)
     # Not before the first epoch: its features have BatchNorm's untouched statistics, and training sees others.
     if run.config.train.head == "centroids" and epoch > 0:
         head.copy_centroids(assignment.centroids, assignment.whitening, run.config.train.temperature)
     forget_momentum(optimizer, head.parameters())
+
+
+def carry_over(run: Run, source: torch.Tensor, seed: int) -> None:
+    """Cluster j goes on with the weights and the momentum of cluster ``source[j]`` (-1: fresh), however many there are."""
+    head, before, now = run.model.head, run.model.head.out_features, len(source)
+    if now > before:
+        run.state.resize_head(now)
+    every = torch.cat([source, source.new_full((head.out_features - now,), -1)])
+    head.take_over(every, seed)
+    carry_momentum(run.state.optimizer, head.parameters(), every)
+    if now < before:
+        run.state.resize_head(now)
+    if now != before:
+        run.wrap()
 
 
 def train(run: Run, assignment: Assignment) -> float:

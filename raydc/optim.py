@@ -44,7 +44,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 @torch.no_grad()
 def scale_larc(optimizer: torch.optim.Optimizer, trust: float, weight_decay: float) -> None:
     """LARC without clipping (You et al., 2017; protocol 1c): the decayed gradient of each tensor is multiplied by ``trust``
-    times the tensor's norm over the gradient's. A tensor of zeros, or without a gradient, steps as in plain SGD."""
+    times the tensor's norm over the gradient's. A tensor of zeros, or one whose gradient is zero, steps by its plain
+    gradient, without decay.
+    """
     for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         length, slope = parameter.norm(), parameter.grad.norm()
         ratio = trust * length / (slope + weight_decay * length + 1e-8)

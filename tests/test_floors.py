@@ -13,7 +13,19 @@ import raydc
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(raydc.__path__, "raydc."))
 # design.md 3: Ray is allowed from floor 2 up. Whatever is not named here stays below.
-UPPER = {"launch", "training", "tracking", "prepare", "run", "measure", "deepcluster", "deepcluster_v2", "odc", "family", "recipes"}
+UPPER = {
+    "launch",
+    "training",
+    "tracking",
+    "prepare",
+    "run",
+    "measure",
+    "deepcluster",
+    "deepcluster_v2",
+    "odc",
+    "family",
+    "recipes",
+}
 UPPER |= {"benchmarks", "report"}
 UPPER_DATA = {"raydc.data.stream", "raydc.data.ingest"}
 LOWER = [one for one in MODULES if one.split(".")[1] not in UPPER and one not in UPPER_DATA]

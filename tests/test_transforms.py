@@ -177,7 +177,7 @@ def test_parameters_do_not_hang_on_the_batch():
     rng = np.random.default_rng(0)
     ids, draws = rng.integers(0, 10**6, 200), rng.integers(0, 9, 200)
     heights, widths = rng.integers(20, 400, 200), rng.integers(20, 400, 200)
-    config = replace(EVERYTHING, lighting=0.1)
+    config = replace(EVERYTHING, lighting=0.1, blur=0.5, jitter=0.8)
     whole = draw_augmentation(config, 5, ids, draws, heights, widths)
     some = rng.permutation(200)[:37]
     alone = draw_augmentation(config, 5, ids[some], draws[some], heights[some], widths[some])
@@ -377,3 +377,115 @@ def test_augment_does_only_what_is_asked_for(cifar):
     parameters = drawn(linear, len(x))
     assert torch.equal(augment(x, parameters, linear), recolour_linear(x, parameters))
     assert torch.equal(augment(x, parameters, replace(linear, colour="torchvision")), recolour_torchvision(x, parameters))
+
+
+# --- jitter of a part of the images -------------------------------------------------------------------------------------
+
+FACTORS = ("brightness", "contrast", "saturation", "hue")
+COLOURS = ImagesConfig(size=32, resize=32, brightness=0.4, contrast=0.4, saturation=1.0, hue=0.5, grayscale=0.2)
+
+
+@pytest.mark.parametrize("colour", ["torchvision", "linear"])
+def test_jitter_of_nobody_leaves_pixels_alone(cifar, colour):
+    x = as_planes(cifar)
+    config = replace(COLOURS, jitter=0.0, grayscale=0.0, colour=colour)
+    assert (augment(x, drawn(config, len(x)), config) - x).abs().max() < 1e-2
+    everyone = replace(config, jitter=1.0)
+    assert (augment(x, drawn(everyone, len(x)), everyone) - x).abs().amax((1, 2, 3)).min() > 1, "else it changes each one"
+
+
+def test_jitter_of_everybody_draws_what_was_drawn_before_it_could_be_less():
+    """Numbers of commit 23b8317, for images 0, 5 and 49,999 and draws 0, 1 and 2 of seed 7."""
+    config = replace(COLOURS, rotation=2.0)
+    sizes = np.full(3, 32), np.full(3, 32)
+    found = draw_augmentation(config, 7, np.array([0, 5, 49_999]), np.array([0, 1, 2]), *sizes)
+    assert found.box.tolist() == [[6, 2, 22, 27], [6, 10, 18, 20], [5, 8, 23, 19]]
+    assert found.flip.tolist() == [True, False, True]
+    for name, expected in (
+        ("brightness", (0.9278056, 0.79157215, 1.263104)),
+        ("contrast", (0.97696596, 1.0929022, 1.0930905)),
+        ("saturation", (1.2741071, 1.1164093, 1.1704651)),
+        ("hue", (0.0954081, -0.049725, 0.13958623)),
+    ):
+        np.testing.assert_array_equal(getattr(found, name), np.float32(expected), err_msg=name)
+    assert found.order.tolist() == [[2, 3, 0, 1], [0, 1, 2, 3], [1, 0, 2, 3]]
+
+
+def test_jitter_changes_its_share_of_the_images_and_these_as_if_it_were_all():
+    part, whole = drawn(replace(COLOURS, jitter=0.8), 6000), drawn(COLOURS, 6000)
+    changed = part.brightness != 1
+    assert abs(changed.mean() - 0.8) < 0.02
+    for name in FACTORS:
+        ours, theirs = getattr(part, name), getattr(whole, name)
+        assert np.array_equal(ours[changed], theirs[changed])
+        assert (ours[~changed] == (0 if name == "hue" else 1)).all(), "all four or none"
+    independent = np.array([changed, part.grayscale, part.flip, whole.brightness > 1], float)
+    assert np.abs(np.corrcoef(independent) - np.eye(4)).max() < 0.05
+    for name in ("box", "order", "grayscale", "flip"):
+        assert np.array_equal(getattr(part, name), getattr(whole, name))
+
+
+# --- blur ---------------------------------------------------------------------------------------------------------------
+
+BLURRING = ImagesConfig(size=32, resize=32, blur=0.5, blur_sigma=(0.1, 2.0))
+
+
+@pytest.mark.parametrize(("side", "largest"), [(32, 2.0), (32, 0.9), (32, 0.1), (5, 2.0), (2, 1.0)])
+def test_blur_is_torchvisions(cifar, side, largest):
+    """A kernel of 2 ceil(3 sigma) + 1 for the largest sigma, as far as there are pixels to mirror."""
+    x = as_planes(cifar)[:, :, :side, :side]
+    sigmas = np.linspace(largest, 0.1, len(x)).astype(np.float32)
+    sigmas[3::4] = 0
+    out = augment(x, still(len(x), blur=sigmas), replace(BLURRING, blur_sigma=(0.1, largest)))
+    size = 2 * min(int(np.ceil(3 * np.float32(largest))), side - 1) + 1
+    for image, ours, sigma in zip(x, out, sigmas.tolist(), strict=True):
+        theirs = TF.gaussian_blur(image, [size, size], [sigma, sigma]) if sigma else image
+        assert (ours - theirs).abs().max() < 1e-2
+    assert torch.equal(out[3::4], x[3::4]), "to the bit where there is none"
+    if largest >= 0.9:
+        assert (out[0] - x[0]).abs().max() > 1
+
+
+def test_blur_leaves_the_input_and_flat_colours_alone(cifar):
+    x = as_planes(cifar)
+    before = x.clone()
+    blurred = still(len(x), blur=np.full(len(x), 1.5, np.float32))
+    augment(x, blurred, BLURRING)
+    assert torch.equal(x, before)
+    flat = torch.tensor([10.0, 100.0, 250.0]).view(1, 3, 1, 1).expand(len(x), 3, 32, 32)
+    assert torch.allclose(augment(flat, blurred, BLURRING), flat, atol=1e-3), "no channel runs into another"
+
+
+def test_blur_takes_its_share_and_its_sigma_is_uniform():
+    """Protocol 1c: probability .5, .1 to 2."""
+    sigmas = drawn(BLURRING, 6000).blur
+    blurred = sigmas > 0
+    assert abs(blurred.mean() - 0.5) < 0.02
+    assert stats.kstest(sigmas[blurred], "uniform", (0.1, 1.9)).pvalue > 1e-3
+    everybody = drawn(replace(BLURRING, blur=1.0), 200).blur
+    assert everybody.min() >= 0.1 and everybody.max() <= 2.0
+    assert drawn(replace(BLURRING, blur=0.0), 5).blur is None
+
+
+def test_blur_changes_no_other_number():
+    plain, blurred = drawn(COLOURS, 50), drawn(replace(COLOURS, blur=0.5), 50)
+    for name in ("box", "flip", "order", "grayscale", *FACTORS):
+        assert np.array_equal(getattr(plain, name), getattr(blurred, name)), name
+
+
+def test_blur_comes_after_the_colours(cifar):
+    x = as_planes(cifar)
+    config = replace(COLOURS, blur=1.0)
+    parameters = drawn(config, len(x))
+    expected = augment(recolour_torchvision(x, parameters), still(len(x), blur=parameters.blur), BLURRING)
+    assert torch.allclose(augment(x, parameters, config), expected, atol=1e-3)
+
+
+def test_an_image_is_blurred_alike_whoever_is_in_its_batch(cifar):
+    """Else the crops of a run hang on its number of workers, and on micro batches."""
+    x = as_planes(cifar)
+    sigmas = np.linspace(0.3, 1.9, len(x)).astype(np.float32)
+    together = augment(x, still(len(x), blur=sigmas), BLURRING)
+    for n in range(len(x)):
+        alone = augment(x[n : n + 1], still(1, blur=sigmas[n : n + 1]), BLURRING)
+        assert torch.allclose(together[n : n + 1], alone, atol=1e-2), n

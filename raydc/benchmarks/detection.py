@@ -193,6 +193,7 @@ def _target(sample: Sample, device: torch.device) -> Sample:
 
 def run(options: Detection, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard."""
+    candidate.check_residual("detection")
     published = PRESETS[options.preset]
     preset = published.at(options.min_size)
     sets = {split: preset.read(options.data, split) for split in preset.splits}

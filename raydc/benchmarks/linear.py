@@ -223,6 +223,7 @@ def figures(journal, heads: tuple[str, ...], preset: Preset) -> dict[str, float]
 
 def run(options: Linear, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard; for fresh weights the better of both variants, head by head."""
+    candidate.check_residual("linear")
     data = open_shards(options.data)
     published = PRESETS[options.preset]
     size = {"batch_size": options.batch_size}

@@ -133,6 +133,7 @@ def _read(dataset: SegmentationSet, image_id: int) -> tuple[torch.Tensor, torch.
 
 def run(options: Segmentation, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard."""
+    candidate.check_residual("segmentation")
     published = PRESETS[options.preset]
     preset = published.at(options.crop_size)
     sets = preset.read(options.data)

@@ -22,7 +22,7 @@ from raydc.benchmarks.options import All, Setting
 from raydc.benchmarks.scorecard import Row
 from raydc.checkpoint import BACKBONE, tensors_hash
 from raydc.config import Config, ModelConfig, UsageError
-from raydc.models.backbone import Backbone, build_backbone
+from raydc.models.backbone import BLOCKS, build_backbone, make_backbone
 from raydc.seeding import derive
 from raydc.storage import Folder
 
@@ -128,9 +128,16 @@ class Candidate:
         """Of weights, buffers and what happens before the first layer."""
         return tensors_hash(self.tensors, json.dumps(configs.to_dict(self.model)))
 
-    def build(self) -> Backbone:
+    def check_residual(self, task: str) -> None:
+        """UsageError for the paper's networks, where the protocol is made for the stages of a residual network."""
+        configs.check(
+            self.model.architecture in BLOCKS,
+            f"{task} needs a residual network and {self.label} is {self.model.architecture}; knn and semisup measure it",
+        )
+
+    def build(self) -> torch.nn.Module:
         """The network, in eval mode."""
-        backbone = Backbone(self.model)
+        backbone = make_backbone(self.model)
         backbone.load_state_dict(self.tensors)
         return backbone.eval()
 
@@ -231,7 +238,7 @@ def adopt(spec: str, tensors: dict[str, torch.Tensor], arch: str) -> Candidate:
     ours = {key: value for key, value in ours.items() if key not in heads}
     plain = plain_networks()[arch]
     model = replace(plain.model, sobel="conv1.weight" in ours and ours["conv1.weight"].shape[1] == 2)
-    fresh = Backbone(model).state_dict()
+    fresh = make_backbone(model).state_dict()
     counters = {key: value for key, value in fresh.items() if key.endswith("num_batches_tracked")}  # old files lack them
     notes = (f"left out of {spec}: {', '.join(left_out[:LISTED])}" + " ..." * (len(left_out) > LISTED),) if left_out else ()
     return _checked(replace(plain, label=spec, model=model, tensors=counters | ours, notes=notes))
@@ -239,7 +246,7 @@ def adopt(spec: str, tensors: dict[str, torch.Tensor], arch: str) -> Candidate:
 
 def _checked(candidate: Candidate) -> Candidate:
     """UsageError where the tensors are not those of the network, naming them."""
-    expected = Backbone(candidate.model).state_dict()
+    expected = make_backbone(candidate.model).state_dict()
     wrong = {
         "missing": [key for key in expected if key not in candidate.tensors],
         "unexpected": [key for key in candidate.tensors if key not in expected],

@@ -66,6 +66,7 @@ def _ignored(data: Voc07) -> str:
 
 def run_svm(options: Svm, candidate: Candidate) -> list[Row]:
     """The rows of the scorecard: each layer, and the best; for fresh weights the better of both variants, layer by layer."""
+    candidate.check_residual("svm")
     data = read_voc07(options.data)
     labels = data.labels["trainval"], data.labels["test"]
     svm.check_classes(*labels, list(data.classes))

@@ -200,7 +200,7 @@ class FeatureBank:
         state = self._check_memory().state()
         if self.online is not None:
             state |= {f"online.{key}": value for key, value in self.online.state().items()}
-        folder.write(file, save({key: np.ascontiguousarray(value) for key, value in state.items()}))
+        folder.write(file, save({key: np.asarray(value, order="C") for key, value in state.items()}))
 
     def load_memory(self, folder: Folder, file: str, online: dict | None = None) -> bool:
         """Go on with what was committed; False where nothing was. ``online``: options of OnlineClusters, for ODC."""

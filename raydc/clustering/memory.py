@@ -38,5 +38,6 @@ class FeatureMemory:
     def load(cls, state: dict[str, np.ndarray]) -> FeatureMemory:
         views, images = state["when"].shape
         memory = cls(images, views)
-        memory.when, memory.features = state["when"].copy(), state["features"].copy()
+        memory.when = state["when"].copy()
+        memory.features = state["features"].copy() if "features" in state else None
         return memory

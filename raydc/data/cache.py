@@ -126,10 +126,10 @@ class Crops(tuple):
         return Crops(crop[rows] for crop in self)
 
 
-def crops_of(views: list[ImagesConfig], seed: int, crop_of) -> torch.Tensor | Crops:
-    """``crop_of(view, seed)`` of the only view, or of each with a seed of its own."""
-    if len(views) == 1:
-        return crop_of(views[0], seed)
+def crops_of(config: ImagesConfig, views: list[ImagesConfig] | None, seed: int, crop_of) -> torch.Tensor | Crops:
+    """``crop_of(config, seed)`` or, where there are views, that of each of them with a seed of its own."""
+    if views is None:
+        return crop_of(config, seed)
     return Crops(crop_of(view, derive(seed, "view", number)) for number, view in enumerate(views))
 
 
@@ -165,7 +165,7 @@ class CachedImages:
         for start in range(self.rank * part, len(image_ids), batch_size):
             ids, numbers = image_ids[start : start + part], draws[start : start + part]
             cut_one = functools.partial(self._augmented, ids, numbers)
-            yield ids, crops_of(views or [self.config], seed, cut_one)
+            yield ids, crops_of(self.config, views, seed, cut_one)
 
     def _augmented(self, ids: np.ndarray, draws: np.ndarray, config: ImagesConfig, seed: int) -> torch.Tensor:
         array = self.arrays["train"]

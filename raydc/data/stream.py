@@ -328,7 +328,6 @@ class StreamedImages:
 
     def train(self, plan: SamplingPlan, seed: int, batch_size: int, views: list[ImagesConfig] | None = None) -> Iterator:
         """This rank's share of the plan's draws, in parts of global batches: (image_ids, augmented pixels)."""
-        views = views or [self.config]
         return (self._train_batch(batch, seed, views) for batch in self.draws(plan, seed, batch_size))
 
     def draws(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[list[tuple[int, int, bytes]]]:
@@ -345,7 +344,7 @@ class StreamedImages:
             payload = table["crop" if "crop" in table.column_names else "image"]
             yield from zip(table["image_id"].to_pylist(), table["draw"].to_pylist(), payload.to_pylist(), strict=True)
 
-    def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int, views: list[ImagesConfig]):
+    def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int, views: list[ImagesConfig] | None):
         ids, draws = (np.array(column, np.int64) for column in zip(*((i, d) for i, d, _ in batch), strict=True))
         payload = [data for _, _, data in batch]
         if None in payload:
@@ -365,7 +364,7 @@ class StreamedImages:
             crops = cut(images, augmentation.box, augmentation.flip, config.size, self.pool)
             return transforms.augment(crops.to(self.worker.device), augmentation, config)
 
-        return ids, crops_of(views, seed, augmented)
+        return ids, crops_of(self.config, views, seed, augmented)
 
     def _unpack(self, crops: pa.Array):
         import torch

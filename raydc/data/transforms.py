@@ -205,16 +205,16 @@ def augment(crops: torch.Tensor, parameters: Augmentation, config: ImagesConfig)
     if parameters.lighting is not None:
         x = x + torch.from_numpy(parameters.lighting).to(x.device)[:, :, None, None]
     if parameters.blur is not None and parameters.blur.any():
-        x = _blurred(x, parameters.blur)
+        x = _blurred(x, parameters.blur, config.blur_sigma[1])
     return x
 
 
-def _blurred(x: torch.Tensor, sigmas: np.ndarray) -> torch.Tensor:
-    """Each image with its own Gaussian, of three standard deviations to a side, borders mirrored as torchvision has them."""
+def _blurred(x: torch.Tensor, sigmas: np.ndarray, largest: float) -> torch.Tensor:
+    """Each image with its own Gaussian, of three times ``largest`` to a side, borders mirrored as torchvision has them."""
     where = torch.from_numpy(np.flatnonzero(sigmas > 0)).to(x.device)
     sigma = torch.from_numpy(sigmas).to(x.device)[where]
     _, channels, height, width = x.shape
-    reach = min(math.ceil(3 * float(sigmas.max())), height - 1, width - 1)
+    reach = min(math.ceil(3 * largest), height - 1, width - 1)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device) / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, None]  # (B * 3, 1, 1, taps)
     planes = F.pad(x[where].reshape(1, -1, height, width), (reach,) * 4, mode="reflect")

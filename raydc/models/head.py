@@ -42,10 +42,17 @@ class Head(nn.Linear):
         self.bias.copy_(torch.from_numpy(np.ascontiguousarray(bias, np.float32)))
 
     def resize(self, num_clusters: int) -> None:
-        """Room for another number of clusters, on the same device; the parameters are new objects."""
+        """Another number of clusters: rows are cut off or, of zeros, put at the end; the parameters are new objects."""
         self.out_features = num_clusters
-        self.weight = nn.Parameter(self.weight.new_zeros(num_clusters, self.in_features))
-        self.bias = nn.Parameter(self.bias.new_zeros(num_clusters))
+        self.weight = nn.Parameter(with_rows(self.weight.detach(), num_clusters))
+        self.bias = nn.Parameter(with_rows(self.bias.detach(), num_clusters))
+
+
+def with_rows(values: torch.Tensor, num: int) -> torch.Tensor:
+    """The first ``num`` rows, zeros where there are fewer."""
+    rows = values.new_zeros(num, *values.shape[1:])
+    rows[: len(values)] = values[:num]
+    return rows
 
 
 class Embedding(nn.Module):

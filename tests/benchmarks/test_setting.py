@@ -9,8 +9,8 @@ import torchvision
 
 from raydc import Folder, load_backbone
 from raydc.benchmarks.options import Knn, Semisup
-from raydc.benchmarks.setting import claim, networks, open_backbone
-from raydc.config import UsageError
+from raydc.benchmarks.setting import Candidate, claim, networks, open_backbone
+from raydc.config import ModelConfig, UsageError
 from raydc.recipes import RECIPES
 
 
@@ -150,3 +150,20 @@ def test_options_that_make_no_sense(cls, more, message):
 def test_features_lie_beside_the_run_directory(tmp_path):
     options = Knn(backbone="b", data="d", run_dir=str(tmp_path / "runs" / "knn"))
     assert options.features_folder.uri == str(tmp_path / "runs" / "features")
+
+
+ALEXNET = Candidate(label="alexnet_here", model=ModelConfig(architecture="alexnet", width=8), size=64, resize=64, tensors={})
+
+
+@pytest.mark.parametrize("name", ["linear", "svm", "lowshot", "detection", "segmentation"])
+def test_the_papers_networks_are_refused_where_a_protocol_needs_stages(name):
+    candidate = open_backbone("random:alexnet_here", known={"alexnet_here": ALEXNET})
+    with pytest.raises(
+        UsageError, match=f"{name} needs a residual network and random:alexnet_here is alexnet; knn and semisup"
+    ):
+        candidate.check_residual(name)
+
+
+def test_the_papers_networks_are_candidates():
+    candidate = open_backbone("random:alexnet_here", known={"alexnet_here": ALEXNET})
+    assert candidate.build().feature_dim == 4096 // 8

@@ -353,9 +353,6 @@ def test_the_papers_features_are_clustered_before_the_relu_that_the_head_sees_th
         np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="reassign makes the head anew before it takes the old weights over"
-)
 def test_a_matched_head_outlives_another_number_of_clusters(tmp_path):
     """PIC finds its own number of clusters, and another one in the next epoch."""
     clustering = {"method": "pic", "pca_dim": 16, "sigma": 0.5}

@@ -194,7 +194,7 @@ def test_fresh_weights_are_the_papers(architecture, published):
 
 
 @BOTH
-def test_alexnets_first_deviation_by_hand(architecture, published):
+def test_the_first_deviation_by_hand(architecture, published):
     """sqrt(2 / (11 x 11 x 96)) and sqrt(2 / (3 x 3 x 64))."""
     std = published[architecture].features[0].weight.std().item()
     assert std == pytest.approx({"alexnet": 0.013122, "vgg16": 0.058926}[architecture], rel=0.05)

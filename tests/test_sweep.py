@@ -69,6 +69,7 @@ def test_the_best_is_the_best_of_separate_runs(place, swept):
     assert any("best of 2 settings" in note for note in written[0]["notes"])
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_no_finished_trial(place, swept):
     results = sorted((place / "sweep" / "trials").glob("*/result.json"))
     before = [(path.stat().st_mtime_ns, path.read_text()) for path in results]

@@ -274,6 +274,7 @@ def test_coco_is_trained_for_twelve_epochs(outlines, backbone, tmp_path, monkeyp
     assert (schedule.iterations, schedule.milestones) == (24, (16, 22))  # of 4 images, steps after 8 and 11 epochs
 
 
+@pytest.mark.slow
 def test_two_workers_share_training_and_test(streets, backbone, tmp_path, local_ray):
     asked = street_options(tmp_path / "run", streets, num_workers=2, max_iters=2, rounds=1, batch_size=4)
     (row,) = segmentation.run(asked, open_backbone(backbone))

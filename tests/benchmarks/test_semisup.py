@@ -215,6 +215,7 @@ def test_two_workers_leave_one_backbone(tmp_path, digits_shards, run_dir, local_
     assert all(value.isfinite().all() for value in open_backbone(str(tmp_path / "two")).tensors.values())
 
 
+@pytest.mark.slow
 def test_labelled_images_in_memory_and_val_as_a_stream(tuned, tmp_path, digits_shards, run_dir, local_ray, monkeypatch):
     """As for 1 % of ImageNet, whose val split alone may not fit; a stream of val counts the same hits."""
     monkeypatch.setattr(stream, "choose_cache", lambda config, folder, manifest, shares: set(shares) == {"train"})

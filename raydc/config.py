@@ -43,14 +43,17 @@ NEEDS: dict[str, dict[str, tuple]] = {
     "deepcluster": {},
     "deepcluster_v2": {
         "clustering.features": ("remembered",),
-        "clustering.method": ("kmeans", "spherical"),
+        "clustering.method": ("spherical",),
         "clustering.pca_dim": (0,),
         "train.head": ("centroids",),
-        "train.balance": ("uniform", "none"),
+        "train.balance": ("none",),
+        "images.crop": ("resized",),
     },
     "odc": {
         "clustering.features": ("remembered",),
         "clustering.method": ("kmeans", "spherical"),
+        "clustering.pca_dim": (0,),
+        "clustering.start": ("cold",),
         "train.head": ("matched",),
         "train.balance": ("reweight", "none"),
     },
@@ -249,7 +252,8 @@ class TrainConfig:
     nesterov: bool = False
     """Nesterov's momentum."""
     head_momentum: float = 0.0
-    """Momentum of the head, forgotten at every reassignment; 0 in the references. Short epochs want the backbone's."""
+    """Momentum of the head (in DeepCluster-v2 of the projection), forgotten with the weights at a reassignment; 0 in the
+    references but v2's. Short epochs want the backbone's."""
     weight_decay: float = 1e-5
     """L2 penalty on all parameters, biases and BatchNorm too, as in the references."""
     larc: float = 0.0
@@ -438,6 +442,10 @@ class Config:
             or self.model.architecture.startswith("resnet"),
             f"train.head centroids needs features that the head sees as they are clustered, and model.architecture "
             f"{self.model.architecture} has a ReLU between; give --train.head matched or a residual network",
+        )
+        check(
+            self.clustering.method != "pic" or not self.train.compile,
+            "clustering.method pic changes the head in every epoch, which train.compile cannot follow; give one of them",
         )
         largest = max(self.v2.crop_sizes)
         check(

@@ -80,20 +80,18 @@ def fill(run: Run, epoch: int) -> None:
                 run.bank.send("remember", view, ids[block], steps[block], features[block])
         run.bank.flush()
     run.has_memory = True
+    parts = run.worker.gather(run.unreadable("train"))
+    run.unreadable_ids = np.concatenate(parts) if parts else None
     num_unreadable = round(run.worker.sum(len(run.unreadable("train"))))
     run.log(epoch, "extract", **clock.summary(run.worker.sum(clock.images)), num_unreadable=num_unreadable)
 
 
 def from_memory(run: Run, epoch: int, part: int = 0) -> Callable:
     """The bank's clustering of what it remembers, of the view that ``part`` (a head of DeepCluster-v2) looks at."""
-    before = run.previous(epoch)
-    if before is None:
-        parts = run.worker.gather(run.unreadable("train"))
-        unreadable = np.concatenate(parts) if parts else None
-    else:
-        unreadable = np.flatnonzero(before.pseudo_labels < 0)
+    if run.unreadable_ids is None and run.worker.is_first:  # remembered by an earlier start
+        run.unreadable_ids = np.flatnonzero(run.previous(epoch).pseudo_labels < 0)
     seed = derive(run.config.seed, "part", part) if part else run.config.seed
-    return functools.partial(run.ask_bank, "cluster_memory", part % run.num_views, unreadable, epoch, seed)
+    return functools.partial(run.ask_bank, "cluster_memory", part % run.num_views, run.unreadable_ids, epoch, seed)
 
 
 def extract(run: Run, epoch: int) -> str:
@@ -105,7 +103,7 @@ def extract(run: Run, epoch: int) -> str:
     clock = Clock()
     ids, features = collect(run, run.model.backbone, run.images.extract("train"), clock, epoch)
     with run.together():
-        run.bank.send("add_moments", token, run.worker.rank, moments(features))
+        run.bank.send("add_moments", token, run.worker.rank, moments(features, gram=run.config.clustering.pca_dim > 0))
         run.bank.send("skip", token, run.unreadable("train"))
         run.bank.flush()
     with run.together():
@@ -130,7 +128,7 @@ def cluster(run: Run, epoch: int, ask: Callable, part: int = 0) -> Assignment:
     digest = run.worker.broadcast(checkpoint.weights_hash(run.model.backbone) if run.worker.is_first else None)
     with run.together():
         if run.worker.is_first:
-            before = run.previous(epoch, part)
+            before = run.previous(epoch, part) if run.config.clustering.start == "warm" else None
             began, cpu = time.perf_counter(), run.bank.cpu_s()
             assignment = ask(digest, None if before is None else before.pseudo_labels)
             spent = {"seconds": round(time.perf_counter() - began, 3), "cpu_s": round(run.bank.cpu_s() - cpu, 2)}
@@ -242,13 +240,19 @@ def report(run: Run, epoch: int, loss: float) -> None:
 
 
 def save_memory(run: Run, epoch: int) -> None:
-    """Before the state it belongs to; a start that finds the state without it fills it by an extraction pass."""
+    """Before the state it belongs to; a start that finds the state without it fills it by an extraction pass.
+
+    CoverageError where ODC's labels are lost with it: the run starts again from the last commit point.
+    """
     try:
         with run.together():
             if run.worker.is_first:
-                run.bank.save_memory(run.folder, checkpoint.memory_file(epoch))
-    except CoverageError:
+                run.ask_bank("save_memory", run.folder, checkpoint.memory_file(epoch))
+    except CoverageError as error:
+        if run.online:
+            raise
         run.has_memory = False
+        run.worker.say(f"epoch {epoch}: {error}; an extraction pass will fill it again")
 
 
 def finish(run: Run, cluster_again: Callable = extract_and_cluster) -> dict | None:

@@ -3,8 +3,9 @@ projection, and heads made of centroids.
 
 What differs from DeepCluster: features are remembered from the training pass and spherical, each head clusters one of the
 first two crops, its centroids are the head, and every crop is trained towards every head's label. Of the reference's initial
-pass we keep the features but not the crops: it runs in eval mode on central crops, for statistics of BatchNorm
-adapted to random weights make the first clusters worse.
+pass we keep the features but not the crops: it runs in eval mode on one central crop (so before the first epoch the heads
+differ by their seeds alone), for statistics of BatchNorm adapted to random weights make the first clusters worse. Empty
+clusters are split as in DeepCluster; the reference keeps their centroids.
 """
 
 from __future__ import annotations

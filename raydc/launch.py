@@ -355,7 +355,7 @@ def fit(loop: Callable[[Job], Any], job: Job, *, num_workers: int, use_gpu: bool
             return result
         except SystemExit:  # how Ray Train's own handler answers Ctrl-C
             raise KeyboardInterrupt from None
-        except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError) as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayTaskError, CoverageError) as error:
             failures = _failures(error)
             for one in failures:
                 if isinstance(one, RunError | UsageError):
@@ -421,9 +421,10 @@ def _failures(error: Exception) -> list[BaseException]:
 
 
 def _is_death(failure: BaseException) -> bool:
-    """A process or node that is gone, as Ray tells it, or a rank that lost its peer; not an error of the program."""
+    """A process or node that is gone, as Ray tells it, a rank that lost its peer, or a bank that lost what a run cannot make
+    again from its weights; not an error of the program."""
     text = str(failure)
-    return isinstance(failure, ray.exceptions.RayActorError) or any(
+    return isinstance(failure, ray.exceptions.RayActorError | CoverageError) or any(
         sign in text for sign in ("health check failed", "actor died", "Connection closed by peer", "NCCL", "timed out")
     )
 

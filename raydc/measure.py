@@ -118,7 +118,7 @@ def summary(run: Run) -> dict:
         "recipe": run.config.recipe,
         "seed": run.config.seed,
         "num_images": run.sizes["train"],
-        "num_clusters": run.config.clustering.num_clusters,
+        "num_clusters": last("cluster", "num_clusters"),
         "epochs": run.config.train.epochs,
         "metrics": metrics,
         "num_empty_clusters": last("cluster", "num_empty_clusters"),

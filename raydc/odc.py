@@ -15,7 +15,6 @@ from torch import nn
 
 from raydc import training
 from raydc.clustering.assignment import Assignment
-from raydc.clustering.bank import CoverageError
 from raydc.clustering.sampling import cluster_weights
 from raydc.config import Config
 from raydc.deepcluster import cluster, extract_and_cluster, finish, make_plan, recall, report
@@ -64,16 +63,10 @@ def loop(job: Job) -> dict | None:
     """Every worker's run, from the last commit point to the end. Rank 0 returns what result.json holds."""
     run = Run(job, NeckedClassifier, online=options(job.config))
     for epoch in run.state.remaining(run.config.train.epochs):
-        assignment = committed(run, epoch) or labels_in_force(run, epoch)
+        assignment = run.committed_assignment(epoch) or labels_in_force(run, epoch)
         loss = train(run, assignment)
         report(run, epoch, loss)
     return finish(run, labels_in_force)
-
-
-def committed(run: Run, epoch: int) -> Assignment | None:
-    """What an earlier start committed for these very weights, where the bank still remembers what it hangs on."""
-    found = run.committed_assignment(epoch)
-    return found if run.has_memory else None
 
 
 def options(config: Config) -> dict:
@@ -130,15 +123,13 @@ def train(run: Run, assignment: Assignment) -> float:
 def relabel(run: Run, batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """A global batch's new features to the bank; (image_ids, labels) that changed, on every rank.
 
-    Labels and features of a bank that died hang on each other, so the run starts again from the last commit point.
+    Labels and features hang on each other: where the bank lost them (CoverageError), the run starts again from the last
+    commit point.
     """
     ids, features = (np.concatenate(column) for column in zip(*batch, strict=True))
     everyone, changed = run.worker.gather((ids, features)), None
-    try:
-        with run.together():
-            if run.worker.is_first:
-                ids, features = (np.concatenate(column) for column in zip(*everyone, strict=True))
-                changed = run.ask_bank("update_online", ids, features)
-    except CoverageError as error:
-        raise RuntimeError(f"the bank's actor died in the middle of an epoch: {error}") from None
+    with run.together():
+        if run.worker.is_first:
+            ids, features = (np.concatenate(column) for column in zip(*everyone, strict=True))
+            changed = run.ask_bank("update_online", ids, features)
     return run.worker.broadcast(changed)

@@ -60,8 +60,14 @@ def check_images(config: Config, written: dict | None, run_dir: Folder, data: Fo
     if written and written["data_fingerprint"] != manifest.fingerprint:
         raise UsageError(f"the shards in {data.uri} are not those {run_dir.uri} was started with; give another --run-dir")
     k, num_images = config.clustering.num_clusters, manifest.splits["train"].rows
-    if k > num_images:
+    if k > num_images and config.clustering.method != "pic":
         raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
+
+    if config.algorithm == "odc" and config.odc.min_cluster * k > num_images:
+        raise UsageError(
+            f"{num_images} images make {k} clusters smaller than odc.min_cluster {config.odc.min_cluster}; lower it or "
+            f"clustering.num_clusters"
+        )
 
 
 def sweep(run_dir: Folder) -> None:
@@ -130,10 +136,11 @@ def headline(config: Config, streams, run_dir: Folder) -> str:
     workers = f"{config.num_workers} worker{'s' * (config.num_workers != 1)}" if config.num_workers else "in this process"
     where = "GPU" if config.use_gpu == "yes" else "CPU"
     k, num_images = config.clustering.num_clusters, streams.sizes["train"]
+    clusters = "clusters found by PIC" if config.clustering.method == "pic" else f"{k} clusters"
     text = (
-        f"raydc {config.recipe} · {num_images:,} images{held} · {k} clusters · {how} · {workers} on {where}, "
+        f"raydc {config.recipe} · {num_images:,} images{held} · {clusters} · {how} · {workers} on {where}, "
         f"{config.train.precision} · {run_dir.uri}"
     )
-    if k < 10:
+    if k < 10 and config.clustering.method != "pic":
         text += f"\nnote: {k} clusters are few; try --clustering.num-clusters {max(10, num_images // 10)}"
     return text

@@ -55,7 +55,10 @@ class Run:
         backbone = build_backbone(self.config.model, derive(self.config.seed, "backbone"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.config.seed, "network"))
-            self.model = self.compute.prepare(build(self.config, backbone))
+            model = build(self.config, backbone)
+        if self.config.algorithm != "deepcluster" and use_gpu and self.worker.world_size > 1:  # as in their references
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = self.compute.prepare(model)
         self.state = TrainState(self.model, build_optimizer(self.model.trunk, self.model.head, self.config.train))
         checkpoint.load_state(self.folder, self.state)
         self.wrap()
@@ -64,9 +67,11 @@ class Run:
         self.probe_ids = np.sort(order[: self.config.probe.num_images])
         self.journal = Journal(self.folder) if self.worker.is_first else None
         self.remembers = self.config.clustering.features == "remembered"
-        self._go_on(job)
+        self.first_epoch = self.state.epoch
+        self.unreadable_ids: np.ndarray | None = None  # rank 0, where features are remembered
         if self.remembers:
             self._recall(**memory)
+        self._go_on(job)
 
     def wrap(self) -> None:
         """What is stepped; a compiled module has the model's own weights, as a wrapped one has."""
@@ -74,7 +79,7 @@ class Run:
 
     def _recall(self, num_views: int = 1, online: dict | None = None) -> None:
         """What was remembered at the last commit point; the bank may hold what a killed start has changed since."""
-        self.num_views, found = num_views, False
+        self.num_views, self.online, found = num_views, online is not None, False
         with self.together():
             if self.worker.is_first and self.first_epoch > 0:
                 found = self.bank.load_memory(self.folder, checkpoint.memory_file(self.first_epoch - 1), online)
@@ -82,7 +87,6 @@ class Run:
 
     def _go_on(self, job: Job) -> None:
         """Say where this start begins, and forget what will be written again."""
-        self.first_epoch = self.state.epoch
         committed = self.committed_assignment(self.first_epoch) is not None
         if not self.worker.is_first:
             return
@@ -99,8 +103,11 @@ class Run:
             self.worker.say(f"{now}: BatchNorm sees batches of another size, so later epochs differ from an unbroken run's")
 
     def committed_assignment(self, epoch: int) -> Assignment | None:
-        """The clustering that an earlier start committed for these very weights; the same answer on all ranks."""
-        if epoch != self.first_epoch:
+        """The clustering that an earlier start committed for these very weights; the same answer on all ranks.
+
+        ODC's labels are worth nothing without the memory they hang on.
+        """
+        if epoch != self.first_epoch or (self.remembers and self.online and not self.has_memory):
             return None
         digest = checkpoint.weights_hash(self.model.backbone) if self.worker.is_first else None
         return self.load_assignment(epoch, self.worker.broadcast(digest))
@@ -172,9 +179,9 @@ class Run:
     # --- training ---
 
     def train_pass(
-        self, epoch: int, plan: SamplingPlan, loss_of: Callable, *, views: list | None = None, after_step=None, **facts
+        self, epoch: int, plan: SamplingPlan, loss_of: Callable, *, views: list | None = None, after_step=None
     ) -> float:
-        """One pass over the plan's draws; the mean loss. ``after_step()`` follows each step, ``facts()`` are logged."""
+        """One pass over the plan's draws; the mean loss. ``after_step()`` follows each step."""
         config, clock = self.config.train, Clock()
         seed = derive(self.config.seed, "crops", epoch)
         torch.manual_seed(derive(self.config.seed, "dropout", epoch, self.worker.rank))
@@ -199,7 +206,8 @@ class Run:
         equalise_statistics(self.model)
         loss, images = self.worker.mean(loss), self.worker.sum(clock.images)
         drawn = int((plan.counts > 0).sum())
-        self.log(epoch, "train", **clock.summary(images), loss=round(loss, 4), num_images_drawn=drawn)
+        facts = {"num_clusters": self.journal.last("cluster", "num_clusters")} if self.worker.is_first else {}
+        self.log(epoch, "train", **clock.summary(images), loss=round(loss, 4), num_images_drawn=drawn, **facts)
         return loss
 
     # --- words ---
@@ -284,7 +292,7 @@ class Recorder:
             self.run.bank.flush()
             if self.lost:
                 raise CoverageError("the bank lost what was remembered")
-        return self.run.bank.num_older(self.first) if self.run.worker.is_first else 0
+            return self.run.bank.num_older(self.first) if self.run.worker.is_first else 0
 
 
 def first_step(epoch: int) -> int:

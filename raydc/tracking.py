@@ -32,7 +32,7 @@ class Journal:
         def stays(line: dict) -> bool:
             if line["epoch"] != epoch:
                 return line["epoch"] < epoch
-            return line["phase"] != "train" and (keep is None or line["phase"] in keep)
+            return line["phase"] not in ("train", "remember") and (keep is None or line["phase"] in keep)
 
         kept = list(filter(stays, self.lines))
         if len(kept) < len(self.lines):
@@ -58,7 +58,7 @@ def sentence(line: dict, config: Config) -> str | None:
         wait = line["waiting_s"] / max(line["seconds"], 1e-9)
         text = f"{head}{line['seconds']:>7.1f} s  {line['images_per_s']:>8,.0f} img/s  waiting {wait:>3.0%}"
         if line["phase"] == "train":
-            text += f"  loss {line['loss']:.3f} (ln k {math.log(config.clustering.num_clusters):.3f})"
+            text += f"  loss {line['loss']:.3f} (ln k {math.log(line['num_clusters']):.3f})"
         elif line["num_unreadable"]:
             text += f"  {line['num_unreadable']} unreadable"
         return text

@@ -190,6 +190,12 @@ EXCLUDED = [
         )
         for name in ("alexnet", "vgg16")
     ),
+    (V2, {"clustering": {"method": "kmeans"}}, "deepcluster_v2", "clustering.method kmeans"),
+    (V2, {"train": {"balance": "uniform"}}, "deepcluster_v2", "train.balance uniform"),
+    (V2, {"images": {"crop": "square"}}, "deepcluster_v2", "images.crop square"),
+    (ODC, {"clustering": {"start": "warm"}}, "odc", "clustering.start warm"),
+    (ODC, {"clustering": {"pca_dim": 64}}, "odc", "clustering.pca_dim 64"),
+    ({}, {"clustering": {"method": "pic"}, "train": {"compile": True}}, "clustering.method pic", "train.compile"),
     ({}, {"train": {"nesterov": True, "momentum": 0.0}}, "train.nesterov", "train.momentum"),
     ({}, {"train": {"schedule": "step"}}, "train.schedule step", "train.milestones"),
     ({}, {"train": {"epochs": 5, "warmup_epochs": 6}}, "train.warmup_epochs 6", "train.epochs 5"),
@@ -221,7 +227,6 @@ def test_what_excludes_each_other_is_named_in_one_sentence(base, changes, one, o
         ({}, {"clustering": {"pca_dim": 0, "whiten": False}}),
         ({}, {"images": {"decode": "tasks"}}),
         ({}, {"images": {"size": 96, "resize": 128}}),  # crops that only DeepCluster-v2 has
-        (V2, {"train": {"balance": "uniform"}, "clustering": {"method": "kmeans"}}),
         (V2, {"images": {"size": 96, "resize": 160}}),
         (V2, {"model": {"architecture": "alexnet"}}),  # its head sees what is clustered
         (V2, {"v2": {"crop_sizes": (160, 160)}}),

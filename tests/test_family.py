@@ -12,7 +12,7 @@ from tiny import assert_same_assignments, assignments, tiny
 
 from raydc import checkpoint, family, training
 from raydc.clustering.bank import FeatureBank
-from raydc.config import RunError
+from raydc.config import RunError, UsageError
 from raydc.recipes import RAW, SPHERICAL
 from raydc.storage import Folder
 
@@ -78,9 +78,10 @@ def assert_goes_on(unbroken, tmp_path, monkeypatch, name: str, owner, function: 
 
 
 # Those that carry something over a clustering; the others among the slow tests.
-@pytest.mark.parametrize(
-    "name", ["matched head, momentum", "remembered features", "PIC, matched head", "DeepCluster-v2", "ODC"]
-)
+CARRIED = ["matched head, momentum", "remembered features", "PIC, matched head", "DeepCluster-v2", "ODC"]
+
+
+@pytest.mark.parametrize("name", CARRIED)
 def test_a_run_killed_in_training_goes_on_with_the_same_labels(unbroken, tmp_path, monkeypatch, name):
     assert_goes_on(unbroken, tmp_path, monkeypatch, name, training, "_one_step", STEPS + 6)
 
@@ -139,6 +140,44 @@ def test_odc_changes_labels_while_it_trains_and_keeps_no_small_cluster(unbroken)
         sizes = np.bincount(after, minlength=100)
         assert sizes[sizes > 0].min() >= ODC["odc"]["min_cluster"]
     assert [line["phase"] for line in journal(unbroken("ODC"))].count("extract") == 1
+
+
+def test_odc_says_the_same_after_a_kill(unbroken, tmp_path, monkeypatch):
+    """Labels alone could hide counts that are wrong and phases that are written twice."""
+    with monkeypatch.context() as patch:
+        die_at(patch, checkpoint, "save_assignment", 2, after=True)
+        with pytest.raises(Killed):
+            family.pretrain(config(tmp_path, "ODC"))
+    family.pretrain(config(tmp_path, "ODC"))
+    told = [
+        [(line["epoch"], line["phase"], line.get("num_repaired"), line.get("loss")) for line in journal(place)]
+        for place in (unbroken("ODC"), tmp_path)
+    ]
+    starts = [[line for line in lines if line[1] == "start"] for lines in told]
+    assert [len(one) for one in starts] == [1, 2]
+    assert [line for line in told[0] if line[1] != "start"] == [line for line in told[1] if line[1] != "start"]
+
+
+def test_odc_starts_again_where_the_bank_lost_its_labels(unbroken, tmp_path, monkeypatch, capsys):
+    real, calls = FeatureBank.update_online, []
+
+    def lossy(bank, image_ids, features):
+        calls.append(None)
+        if len(calls) == STEPS + 4:
+            bank.open_memory()
+        return real(bank, image_ids, features)
+
+    monkeypatch.setattr(FeatureBank, "update_online", lossy)
+    family.pretrain(config(tmp_path, "ODC"))
+    assert "starting again from the last commit point" in capsys.readouterr().out
+    assert_same_assignments(unbroken("ODC"), tmp_path)
+
+
+def test_odc_with_clusters_smaller_than_it_keeps_is_refused(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"100 clusters smaller than odc\.min_cluster 20; lower it or clustering\.num_clusters"
+    ):
+        family.pretrain(config(tmp_path, "ODC", odc={"min_cluster": 20}))
 
 
 def test_remembered_features_spare_the_extraction_and_count_what_was_not_drawn(unbroken):

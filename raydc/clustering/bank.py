@@ -13,6 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from raydc.clustering.assignment import UNREADABLE, Assignment
+from raydc.clustering.kmeans import squared_distances
 from raydc.clustering.memory import FeatureMemory
 from raydc.clustering.online import OnlineClusters
 from raydc.clustering.whitening import Moments, Whitening, fit_whitening, l2, moments
@@ -30,8 +31,9 @@ class CoverageError(RuntimeError):
 class FeatureBank:
     """Holds the reduced features (N, d) of one extraction pass.
 
-    Every call names the pass by the token that ``open`` gave out, so nothing that an earlier pass or a dead worker
+    Every call of a pass names it by the token that ``open`` gave out, so nothing that an earlier pass or a dead worker
     group still sends gets in, and a bank that lost its memory says so. Pushes write by image_id and may be repeated.
+    Beside the pass it holds what is remembered from training, which each start reads anew from the last commit point.
     """
 
     def __init__(self, num_images: int, config: ClusteringConfig, *, threads: int = 0, gpu: bool = False) -> None:
@@ -40,6 +42,7 @@ class FeatureBank:
         self.token = ""
         self.memory: FeatureMemory | None = None
         self.online: OnlineClusters | None = None
+        self.num_split = 0  # of ODC's clusters, in the last epoch
 
     def open(self) -> str:
         """Begin a pass and forget the last one; the token of the new one."""
@@ -130,7 +133,7 @@ class FeatureBank:
         config = self.config
         if config.method == "pic":
             where = {"neighbours": config.neighbours, "sigma": config.sigma}
-            result = pic(features_nd, **where, seed=seed, threads=self.threads)
+            result = pic(features_nd, **where, threads=self.threads, gpu=self.gpu)
         else:
             start = None
             if config.start == "warm" and previous_labels is not None:
@@ -179,9 +182,9 @@ class FeatureBank:
             first = np.flatnonzero(missing)[:3].tolist()
             raise CoverageError(f"{missing.sum()} of {self.num_images} images are not remembered (image_id {first}...)")
         rows = np.flatnonzero(wanted)
-        features = memory.features[view][rows]
+        features = memory.features[view] if wanted.all() else memory.features[view][rows]
         with threadpool_limits(self.threads):
-            sums = moments(features)
+            sums = moments(features, gram=self.config.pca_dim > 0)
             if not np.isfinite(sums.total_D).all():
                 raise ValueError("features are not finite; lower train.lr and start a new run directory")
             whitening = fit_whitening(sums, self.config.pca_dim, self.config.whiten)
@@ -194,13 +197,22 @@ class FeatureBank:
         return self._check_memory().num_older(step)
 
     def save_memory(self, folder: Folder, file: str) -> None:
-        """Commit what is remembered, beside and renamed; 4 V d bytes an image."""
+        """Commit what is remembered, beside and renamed; 4 V d bytes an image. ValueError where there is no room."""
         from safetensors.numpy import save
 
         state = self._check_memory().state()
         if self.online is not None:
+            self.num_split = self.online.num_split
+            self.online.reset_counts()
+            state["num_split"] = np.array(self.num_split)
             state |= {f"online.{key}": value for key, value in self.online.state().items()}
-        folder.write(file, save({key: np.asarray(value, order="C") for key, value in state.items()}))
+        try:
+            folder.write(file, save({key: np.asarray(value, order="C") for key, value in state.items()}))
+        except OSError as error:
+            raise ValueError(
+                f"{folder.uri}/{file} could not be written ({error.strerror or error}); what was committed before is "
+                "intact: free some space and give the same command again"
+            ) from None
 
     def load_memory(self, folder: Folder, file: str, online: dict | None = None) -> bool:
         """Go on with what was committed; False where nothing was. ``online``: options of OnlineClusters, for ODC."""
@@ -214,6 +226,7 @@ class FeatureBank:
         if online is not None:
             kept = {key.removeprefix("online."): value for key, value in state.items() if key.startswith("online.")}
             self.online = OnlineClusters.load(self.memory.features[0], kept, **online)
+            self.num_split = int(state["num_split"])
         return True
 
     # --- online labels (ODC) ---------------------------------------------------------------------------------------------
@@ -222,28 +235,28 @@ class FeatureBank:
         """Labels that change with each step, beginning with ``labels``, over what is remembered; the labels in force."""
         features = self._check_memory().features[0]
         features[:] = l2(features)
-        self.online = OnlineClusters(features, labels, num_clusters, **options)
+        with threadpool_limits(self.threads):
+            self.online = OnlineClusters(features, labels, num_clusters, **options)
         return self.online.labels.copy()
+
+    def _check_online(self) -> OnlineClusters:
+        if self.online is None:
+            raise CoverageError("the bank restarted and remembers nothing")
+        return self.online
 
     def update_online(self, image_ids: np.ndarray, features_Bd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A global batch's new features; (image_ids, labels) of all images whose label changed."""
-        if self.online is None:
-            raise CoverageError("the bank restarted and remembers nothing")
-        return self.online.update(image_ids, features_Bd)
+        with threadpool_limits(self.threads):
+            return self._check_online().update(image_ids, features_Bd)
 
     def online_assignment(self, epoch: int, weights_hash: str) -> Assignment:
-        """The labels in force, as a clustering."""
-        labels, features = self.online.labels, self.online.features
-        centroids = self.online.centroids.astype(np.float32)
-        known = labels >= 0
-        distances = np.zeros(len(labels), np.float32)
-        for at in range(0, len(labels), ROWS):
-            rows = slice(at, at + ROWS)
-            distances[rows] = ((features[rows] - centroids[labels[rows]]) ** 2).sum(1) * known[rows]
-        repaired = self.online.num_split
-        self.online.reset_counts()
+        """The labels in force, as a clustering; ``num_repaired`` are the splits of the epoch before."""
+        online = self._check_online()
+        labels, centroids = online.labels.copy(), online.centroids.astype(np.float32)
+        known, distances = np.flatnonzero(labels >= 0), np.zeros(len(labels), np.float32)
+        distances[known] = squared_distances(online.features[known], labels[known], centroids)
         objective = float(distances.sum(dtype=np.float64))
-        return Assignment(epoch, labels.copy(), distances, centroids, objective, weights_hash, None, repaired)
+        return Assignment(epoch, labels, distances, centroids, objective, weights_hash, None, self.num_split)
 
     # --- probes: raw features of a labelled part of the images ---------------------------------------------------------
 

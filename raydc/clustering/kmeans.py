@@ -61,7 +61,7 @@ def kmeans(
     clustering = _clustering(faiss, dim, k, iterations, seed, spherical)
     if start_kd is not None:
         faiss.copy_array_to_vector(_complete(start_kd, features_Nd, k, seed).ravel(), clustering.centroids)
-    index = _index(faiss, dim, gpu, spherical)
+    index = flat_index(faiss, dim, gpu, spherical)
     with faiss_threads(threads):
         clustering.train(features_Nd, index)
         found, labels = (column[:, 0] for column in index.search(features_Nd, 1))
@@ -122,7 +122,7 @@ def _clustering(faiss, dim: int, k: int, iterations: int, seed: int, spherical: 
     return clustering
 
 
-def _index(faiss, dim: int, gpu: bool, spherical: bool):
+def flat_index(faiss, dim: int, gpu: bool, spherical: bool = False):
     """A process may see a GPU that is not its own: it is used only where the bank was given a share of it."""
     if not gpu or faiss.get_num_gpus() == 0:
         return faiss.IndexFlatIP(dim) if spherical else faiss.IndexFlatL2(dim)

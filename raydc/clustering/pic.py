@@ -8,21 +8,20 @@ from __future__ import annotations
 import numpy as np
 from scipy.sparse import csr_array
 
-from raydc.clustering.kmeans import KMeans, checked, faiss_threads, means, squared_distances
+from raydc.clustering.kmeans import KMeans, checked, faiss_threads, flat_index, means, squared_distances
 
 ITERATIONS = 200
 ALPHA = 0.001  # the share of the graph in an iteration; the rest is uniform
 
 
-def pic(features_Nd: np.ndarray, *, neighbours: int = 5, sigma: float = 0.2, seed: int = 0, threads: int = 0) -> KMeans:
+def pic(features_Nd: np.ndarray, *, neighbours: int = 5, sigma: float = 0.2, threads: int = 0, gpu: bool = False) -> KMeans:
     """Images climb from neighbour to neighbour to the local maxima of a stationary vector; those are the clusters.
 
-    ValueError where that gives one cluster, or as many as images. Nothing is drawn: ``seed`` changes nothing, it lets
-    callers treat all methods alike.
+    ValueError where that gives one cluster, or as many as images.
     """
     features_Nd = checked(features_Nd)
     _check_number(len(features_Nd), neighbours)
-    ids, squared = _nearest_others(features_Nd, neighbours, threads)
+    ids, squared = _nearest_others(features_Nd, neighbours, threads, gpu)
     graph = _graph(ids, squared, sigma)
     labels = _join_singletons(_climb(graph, _stationary(graph)), ids)
     k = int(labels.max()) + 1
@@ -40,16 +39,20 @@ def _check_number(num: int, neighbours: int) -> None:
 
 def _check_clusters(k: int, num: int) -> None:
     if k == num:
-        raise ValueError(f"PIC left each of the {num} images alone; raise clustering.sigma or clustering.neighbours")
+        raise ValueError(
+            f"PIC left each of the {num} images alone; raise clustering.sigma or neighbours in a new run directory"
+        )
     if k == 1:
-        raise ValueError(f"PIC put all {num} images into one cluster; lower clustering.sigma or clustering.neighbours")
+        raise ValueError(
+            f"PIC put all {num} images into one cluster; lower clustering.sigma or neighbours in a new run directory"
+        )
 
 
-def _nearest_others(features_Nd: np.ndarray, neighbours: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest_others(features_Nd: np.ndarray, neighbours: int, threads: int, gpu: bool) -> tuple[np.ndarray, np.ndarray]:
     """Positions and squared L2 distances (N, n) of the nearest images other than the image itself, best first."""
     import faiss  # lazily: only the process that clusters loads it
 
-    index = faiss.IndexFlatL2(features_Nd.shape[1])
+    index = flat_index(faiss, features_Nd.shape[1], gpu)
     index.add(features_Nd)
     with faiss_threads(threads):
         squared, ids = index.search(features_Nd, neighbours + 1)

@@ -27,15 +27,15 @@ class Moments:
         return Moments(self.count + other.count, self.total_D + other.total_D, self.gram_DD + other.gram_DD)
 
 
-def moments(features_ND: np.ndarray, rows: int = 16384) -> Moments:
-    """Sums of the rows and of their outer products, ``rows`` at a time."""
+def moments(features_ND: np.ndarray, rows: int = 16384, gram: bool = True) -> Moments:
+    """Sums of the rows and of their outer products, ``rows`` at a time; without ``gram`` only its diagonal, for no PCA."""
     dim = features_ND.shape[1]
-    total, gram = np.zeros(dim), np.zeros((dim, dim))
+    total, outer = np.zeros(dim), np.zeros((dim, dim) if gram else dim)
     for start in range(0, len(features_ND), rows):
         block = features_ND[start : start + rows].astype(np.float64)
         total += block.sum(0)
-        gram += block.T @ block
-    return Moments(len(features_ND), total, gram)
+        outer += block.T @ block if gram else (block**2).sum(0)
+    return Moments(len(features_ND), total, outer)
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,6 @@ def fit_whitening(sums: Moments, dim: int, whiten: bool = True) -> Whitening:
 
 
 def _as_they_are(sums: Moments) -> Whitening:
-    norm = float(np.sqrt(np.trace(sums.gram_DD) / sums.count))
+    squares = sums.gram_DD if sums.gram_DD.ndim == 1 else np.diag(sums.gram_DD)
+    norm = float(np.sqrt(squares.sum() / sums.count))
     return Whitening(np.zeros(len(sums.total_D), np.float32), None, 0, norm)

@@ -103,7 +103,7 @@ def figure(values: list[float]) -> str:
 
 def table(kept: dict) -> str:
     """Markdown: mean and spread over the seeds there are."""
-    head = ["", "seeds", "epochs x passes", *FIGURES.values(), "CPU s", "CPU s / epoch"]
+    head = ["", "seeds", "epochs x passes", *FIGURES.values(), "CPU s", "s / epoch"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     original = list(kept["rows"].get("original", {}).values())
     for title, suffix in (("raw pixels", "_pixels"), ("random initialisation", "_random")):
@@ -114,9 +114,8 @@ def table(kept: dict) -> str:
         cells = [figure([one["metrics"][key] for one in runs if key in one["metrics"]]) for key in FIGURES]
         cpu = statistics.mean(sum(one["cpu_s"].values()) for one in runs)
         shape = f"{runs[0]['epochs']} x {runs[0]['plan_length']:.2f}"
-        lines.append(
-            f"| {name} | {len(runs)} | {shape} | " + " | ".join(cells) + f" | {cpu:.0f} | {cpu / runs[0]['epochs']:.0f} |"
-        )
+        wall = statistics.mean(one["epoch_s"] for one in runs)
+        lines.append(f"| {name} | {len(runs)} | {shape} | " + " | ".join(cells) + f" | {cpu:.0f} | {wall:.0f} |")
     return "\n".join(lines)
 
 
@@ -137,7 +136,11 @@ def main() -> None:
         parser.error("--data is missing" if not arguments.data else f"{KEPT} is of another budget; move it away")
     for seed in range(arguments.seeds):
         for name in (name for name in arguments.rows if str(seed) not in kept["rows"].get(name, {})):
-            one = run(name, seed, arguments)
+            try:
+                one = run(name, seed, arguments)
+            except subprocess.CalledProcessError as error:  # the next start tries again; the other rows go on
+                print(f"seed {seed}  {name:<22}ended with exit code {error.returncode}", flush=True)
+                continue
             kept["rows"].setdefault(name, {})[str(seed)] = one
             keep(kept)
             print(f"seed {seed}  {name:<22}{one['metrics']}  {one['cpu_s']}", flush=True)

@@ -127,7 +127,7 @@ def load_state(folder: Folder, state: TrainState) -> None:
         return
     data = folder.read(f"checkpoints/{committed[-1]}/state.pt")
     values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if hasattr(state.model.head, "resize"):
+    if hasattr(getattr(state.model, "head", None), "resize"):  # the benchmarks' models have other heads, or none
         num_clusters = len(values["model"]["head.weight"])
         if num_clusters != state.model.head.out_features:
             state.resize_head(num_clusters)

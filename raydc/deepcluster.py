@@ -43,15 +43,24 @@ def loop(job: Job) -> dict | None:
 
 
 def extract_and_cluster(run: Run, epoch: int) -> Assignment:
-    """Features of every image, then their clusters; again from the start if the bank lost them."""
+    """Features of every image, then their clusters."""
+
+    def once() -> Assignment:
+        if run.remembers:
+            recall(run, epoch)
+            return cluster(run, epoch, from_memory(run, epoch))
+        token = extract(run, epoch)
+        probe(run, epoch, token)
+        return cluster(run, epoch, functools.partial(run.ask_bank, "cluster", token, epoch, run.config.seed))
+
+    return again_if_lost(run, epoch, once)
+
+
+def again_if_lost(run: Run, epoch: int, once: Callable):
+    """``once()``, or again from the start where the bank lost the features meanwhile."""
     for attempt in range(1, EXTRACT_ATTEMPTS + 1):
         try:
-            if run.remembers:
-                recall(run, epoch)
-                return cluster(run, epoch, from_memory(run, epoch))
-            token = extract(run, epoch)
-            probe(run, epoch, token)
-            return cluster(run, epoch, functools.partial(run.ask_bank, "cluster", token, epoch, run.config.seed))
+            return once()
         except CoverageError as error:
             run.has_memory = False
             run.worker.say(f"epoch {epoch}: {error} (try {attempt} of {EXTRACT_ATTEMPTS})")

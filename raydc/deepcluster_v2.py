@@ -19,10 +19,9 @@ from torch import nn
 
 from raydc import training
 from raydc.clustering.assignment import Assignment
-from raydc.clustering.bank import CoverageError
-from raydc.config import Config, ImagesConfig, RunError
+from raydc.config import Config, ImagesConfig
 from raydc.data.cache import Crops
-from raydc.deepcluster import EXTRACT_ATTEMPTS, cluster, fill, finish, from_memory, make_plan, recall, remember, report
+from raydc.deepcluster import again_if_lost, cluster, fill, finish, from_memory, make_plan, recall, remember, report
 from raydc.launch import Job
 from raydc.models.head import Embedding
 from raydc.run import Recorder, Run
@@ -94,16 +93,14 @@ def committed(run: Run, epoch: int) -> list[Assignment] | None:
 
 
 def recall_and_cluster(run: Run, epoch: int) -> list[Assignment]:
-    """A clustering for each head, of what was remembered of one crop; again from the start if the bank lost it."""
-    for attempt in range(1, EXTRACT_ATTEMPTS + 1):
-        try:
-            recall(run, epoch)
-            parts = reversed(range(run.config.v2.num_heads))  # the commit of the first is the commit of all
-            return [cluster(run, epoch, from_memory(run, epoch, part), part) for part in parts][::-1]
-        except CoverageError as error:
-            run.has_memory = False
-            run.worker.say(f"epoch {epoch}: {error} (try {attempt} of {EXTRACT_ATTEMPTS})")
-    raise RunError(f"epoch {epoch} could not be clustered in {EXTRACT_ATTEMPTS} tries; --verbose shows all of Ray's log")
+    """A clustering for each head, of what was remembered of one crop."""
+
+    def once() -> list[Assignment]:
+        recall(run, epoch)
+        parts = reversed(range(run.config.v2.num_heads))  # the commit of the first is the commit of all
+        return [cluster(run, epoch, from_memory(run, epoch, part), part) for part in parts][::-1]
+
+    return again_if_lost(run, epoch, once)
 
 
 @torch.no_grad()

@@ -80,8 +80,14 @@ def push_probe(run: Run, token: str, name: str, ids: np.ndarray, features: np.nd
 
 
 def adapted_backbone(run: Run) -> torch.nn.Module:
-    """The fresh weights with BatchNorm statistics of the data, averaged over the ranks that saw some of it."""
-    adapted, seen = copy.deepcopy(run.model.backbone), []
+    adapted = copy.deepcopy(run.model.backbone)
+    adapt(run, adapted)
+    return adapted
+
+
+def adapt(run: Run, model: torch.nn.Module) -> None:
+    """BatchNorm statistics of the data in place of fresh ones, averaged over the ranks that saw some of it."""
+    seen = []
 
     def pixels():
         for _, (ids, batch) in zip(range(ADAPT_BATCHES), run.images.extract("train", run.probe_ids), strict=False):
@@ -90,9 +96,8 @@ def adapted_backbone(run: Run) -> torch.nn.Module:
                 yield run.compute.place(batch)
 
     with run.compute.autocast():
-        adapt_statistics(adapted, pixels())
-    equalise_statistics(adapted, weight=sum(seen))
-    return adapted
+        adapt_statistics(model, pixels())
+    equalise_statistics(model, weight=sum(seen))
 
 
 class Pixels(torch.nn.Module):

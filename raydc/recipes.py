@@ -74,7 +74,10 @@ def cifar10_alexnet_sobel() -> Config:
 
 
 def cifar10_resnet18_dcv2() -> Config:
-    """CIFAR-10, DeepCluster-v2 on a CPU: crops 2x24 + 2x16, three heads of k = 390."""
+    """CIFAR-10, DeepCluster-v2 on a CPU: two crops of 24 pixels, three heads of k = 390.
+
+    Crops of 16 pixels beside them leave fewer epochs for the same work: linear probe .38 instead of .43 after 480 CPU seconds.
+    """
     plain = cifar10_resnet18()
     return replace(
         plain,
@@ -83,10 +86,10 @@ def cifar10_resnet18_dcv2() -> Config:
         clustering=ClusteringConfig(num_clusters=390, **SPHERICAL),
         train=replace(plain.train, head="centroids", temperature=0.1, balance="none"),
         v2=V2Config(
-            num_crops=(2, 2),
-            crop_sizes=(24, 16),
-            min_scales=(0.2, 0.08),
-            max_scales=(1.0, 0.3),
+            num_crops=(2,),
+            crop_sizes=(24,),
+            min_scales=(0.2,),
+            max_scales=(1.0,),
             hidden_dim=256,
         ),
     )

@@ -40,7 +40,7 @@ COST = {"extract": 24.0, "cluster": 3.0, "train": 113.0}
 OTHERS = {
     "PIC": {"cluster": 15.0},
     "ODC": {"train": 119.0, "cluster": 0.0},
-    "DeepCluster-v2": {"train": 187.0, "cluster": 9.0},
+    "DeepCluster-v2": {"train": 127.0, "cluster": 5.0},
 }
 REMEMBERED = ("remembered features", "ODC", "DeepCluster-v2")  # one extraction, before the first epoch
 COMMON = ["--num-workers", "0", "--images.cache", "yes", "--probe.every", "0", "--bank.threads", "2"]

@@ -187,6 +187,9 @@ class ClusteringConfig:
     """Divide each kept direction by its standard deviation."""
     iterations: int = 20
     """Iterations of k-means."""
+    engine: Literal["faiss", "auto", "torch"] = "faiss"
+    """Who runs Lloyd's iterations: faiss, torch (scores in bf16, the last assignment exact), or auto: torch where the CPU's
+    flags and the sizes promise that it is faster."""
     neighbours: int = 5
     """PIC: neighbours of each image in the graph."""
     sigma: float = 0.2
@@ -355,8 +358,11 @@ class BankConfig:
     """Share of a GPU for the index, where workers use GPUs."""
     threads: int = 0
     """CPU threads of k-means; 0: all CPUs of the bank's node (the workers wait meanwhile)."""
+    num_actors: int = 1
+    """Actors that share the features by image_id, on any nodes, where one machine's memory is too small for all of them."""
 
     def __post_init__(self) -> None:
+        check(self.num_actors >= 1, f"bank.num_actors is {self.num_actors}; give 1 or more")
         check(0 <= self.num_gpus < 1, f"bank.num_gpus is {self.num_gpus}; give 0 or a share below 1")
         check(self.threads >= 0, f"bank.threads is {self.threads}; give 0 or more")
 
@@ -447,6 +453,13 @@ class Config:
             self.clustering.method != "pic" or not self.train.compile,
             "clustering.method pic changes the head in every epoch, which train.compile cannot follow; give one of them",
         )
+        for name, fitting in (("method", ("kmeans", "spherical")), ("features", ("fresh",)), ("engine", ("faiss",))):
+            value = getattr(self.clustering, name)
+            check(
+                self.bank.num_actors == 1 or value in fitting,
+                f"clustering.{name} {value} needs all features in one actor, and bank.num_actors is {self.bank.num_actors}; "
+                f"give --bank.num-actors 1 or --clustering.{name} {' or '.join(fitting)}",
+            )
         largest = max(self.v2.crop_sizes)
         check(
             self.algorithm != "deepcluster_v2" or largest <= self.images.resize,

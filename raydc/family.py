@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
+
 from raydc import deepcluster, deepcluster_v2, launch, odc, prepare
 from raydc.clustering.bank import FeatureBank
+from raydc.clustering.sharded import Shard, ShardedBank, bounds
 from raydc.config import Config, UsageError
 from raydc.data import stream
 from raydc.launch import Job, Remote, Shared
@@ -71,7 +74,21 @@ def run_dir(config: Config) -> Folder:
     return Folder(config.run_dir or f"runs/{config.recipe}")
 
 
-def make_bank(config: Config, num_images: int, local: bool) -> Remote:
-    gpus = config.bank.num_gpus if config.use_gpu == "yes" and not local else 0
-    options = {"threads": config.bank.threads, "gpu": gpus > 0}
-    return Remote(FeatureBank, num_images, config.clustering, local=local, num_gpus=gpus, **options)
+def make_bank(config: Config, num_images: int, local: bool) -> Remote | ShardedBank:
+    """The bank, or where ``bank.num_actors`` asks for several their shards; together these take the GPU share of one.
+
+    Whether it is one GPU or many that they get, the share of one is what workers leave free on each. Only the first takes a
+    CPU: the others work while the workers wait.
+    """
+    num_actors, limits = config.bank.num_actors, bounds(num_images, config.bank.num_actors)
+    gpus = config.bank.num_gpus / num_actors if config.use_gpu == "yes" and not local else 0
+    options = {"local": local, "num_gpus": gpus, "gpu": gpus > 0, "threads": config.bank.threads}
+    if num_actors == 1:
+        return Remote(FeatureBank, num_images, config.clustering, **options)
+    if not local and not config.bank.threads:
+        options["sharing"] = -(-num_actors // len(launch.nodes()))
+    shards = [
+        Remote(Shard, int(size), config.clustering, spread=True, num_cpus=int(number == 0), **options)
+        for number, size in enumerate(np.diff(limits))
+    ]
+    return ShardedBank(shards, num_images, config.clustering)

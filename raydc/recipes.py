@@ -76,7 +76,7 @@ def cifar10_alexnet_sobel() -> Config:
 def cifar10_resnet18_dcv2() -> Config:
     """CIFAR-10, DeepCluster-v2 on a CPU: two crops of 24 pixels, three heads of k = 390.
 
-    Crops of 16 pixels beside them leave fewer epochs for the same work: linear probe .38 instead of .43 after 480 CPU seconds.
+    Crops of 16 pixels beside them leave fewer epochs for the same work: linear probe .38, not .43, after 480 CPU seconds.
     """
     plain = cifar10_resnet18()
     return replace(

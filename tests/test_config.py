@@ -83,6 +83,7 @@ def test_a_bad_number_names_its_field_and_the_remedy(section, prefix, name, valu
         (ImagesConfig, "images", "crop_ratio", (0.0, 1.0)),
         (ImagesConfig, "images", "cache_size", -1),
         (BankConfig, "bank", "threads", -1),
+        (BankConfig, "bank", "num_actors", 0),
         (ProbeConfig, "probe", "every", -1),
         (ProbeConfig, "probe", "num_images", 0),
         (ProbeConfig, "probe", "images_per_class", -1),
@@ -155,6 +156,7 @@ SECTIONS = {
     "clustering": ClusteringConfig,
     "train": TrainConfig,
     "v2": V2Config,
+    "bank": BankConfig,
 }
 
 
@@ -196,6 +198,9 @@ EXCLUDED = [
     (ODC, {"clustering": {"start": "warm"}}, "odc", "clustering.start warm"),
     (ODC, {"clustering": {"pca_dim": 64}}, "odc", "clustering.pca_dim 64"),
     ({}, {"clustering": {"method": "pic"}, "train": {"compile": True}}, "clustering.method pic", "train.compile"),
+    ({}, {"clustering": {"method": "pic"}, "bank": {"num_actors": 2}}, "clustering.method pic", "bank.num_actors is 2"),
+    ({}, {"clustering": {"features": "remembered"}, "bank": {"num_actors": 2}}, "clustering.features", "bank.num_actors"),
+    ({}, {"clustering": {"engine": "torch"}, "bank": {"num_actors": 2}}, "clustering.engine torch", "bank.num_actors is 2"),
     ({}, {"train": {"nesterov": True, "momentum": 0.0}}, "train.nesterov", "train.momentum"),
     ({}, {"train": {"schedule": "step"}}, "train.schedule step", "train.milestones"),
     ({}, {"train": {"epochs": 5, "warmup_epochs": 6}}, "train.warmup_epochs 6", "train.epochs 5"),

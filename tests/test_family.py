@@ -37,8 +37,8 @@ VARIANTS = {
     "remembered features": {"clustering": {"features": "remembered"}},
     "PIC": {"clustering": {"method": "pic"}},
     "PIC, matched head": {"clustering": {"method": "pic"}, "train": {"head": "matched"}},
-    "AlexNet": {"model": {"architecture": "alexnet", "width": 2, "sobel": True}},
-    "VGG-16": {"model": {"architecture": "vgg16", "width": 2}},
+    "AlexNet": {"model": {"architecture": "alexnet", "width": 4, "sobel": True}},
+    "VGG-16": {"model": {"architecture": "vgg16", "width": 4}},
     "DeepCluster-v2": V2,
     "ODC": ODC,
 }

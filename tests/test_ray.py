@@ -6,10 +6,12 @@ import json
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from tiny import assert_same_assignments, assignments, tiny
@@ -22,7 +24,10 @@ from raydc.benchmarks.options import Segmentation, Semisup
 from raydc.benchmarks.setting import open_backbone
 from raydc.checkpoint import weights_hash
 from raydc.clustering.assignment import Assignment
-from raydc.config import UsageError
+from raydc.clustering.bank import CoverageError
+from raydc.clustering.diagnostics import nmi
+from raydc.clustering.whitening import l2
+from raydc.config import BankConfig, UsageError
 from raydc.data import stream
 from raydc.launch import Job, Remote, Shared
 from raydc.run import Run, collect
@@ -170,16 +175,47 @@ def test_a_restarted_bank_actor_is_noticed_and_filled_again(tmp_path):
     assert assignments(tmp_path).keys() == {"epoch_0000", "epoch_0001"}
 
 
+def test_two_actors_hold_one_bank_and_one_that_died_is_noticed(tmp_path):
+    features = l2(np.random.default_rng(0).standard_normal((500, 8)).astype(np.float32))
+    config = tiny(tmp_path, clustering={"num_clusters": 10})
+    one, two = (family.make_bank(replace(config, bank=BankConfig(num_actors=num)), 500, num == 1) for num in (1, 2))
+    found = []
+    for bank in (one, two, two):
+        token = bank.open()
+        bank.send("push", token, np.arange(500), features)
+        bank.flush()
+        found.append(bank.cluster(token, 0, 0, ""))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.pseudo_labels, found[0].pseudo_labels)
+        np.testing.assert_allclose(other.centroids, found[0].centroids, atol=1e-5)
+    ray.kill(two.shards[1]._actor, no_restart=False)
+    with pytest.raises(CoverageError):
+        two.cluster(token, 0, 0, "")
+    assert two.open() != token  # it is there again, and empty
+    with pytest.raises(CoverageError, match="500 of 500 images"):
+        two.cluster(two.open(), 0, 0, "")
+
+
+@pytest.mark.slow
+def test_two_actors_find_the_clusters_of_one_also_when_one_of_them_died(tmp_path):
+    family.pretrain(tiny(tmp_path / "one", num_workers=0, epochs=1))
+    fit(bank_killing_loop, tiny(tmp_path / "two", num_workers=1, epochs=1, bank={"num_actors": 2}), shard=1)
+    one, two = assignments(tmp_path / "one"), assignments(tmp_path / "two")
+    assert one.keys() == two.keys() == {"epoch_0000", "epoch_0001"}
+    # The sums are rounded elsewhere: an image between two clusters may go to the other, and training then differs a little.
+    assert (one["epoch_0000"][0] == two["epoch_0000"][0]).mean() > 0.99
+    assert nmi(one["epoch_0001"][0], two["epoch_0001"][0]) > 0.9
+
+
 def bank_killing_loop(job: Job):
-    """The bank's process dies once, between extraction and clustering."""
+    """The process of the bank, or of one of its shards, dies once, between extraction and clustering."""
     real, calls = deepcluster.cluster, []
 
     def deadly(run, epoch, token):
         calls.append(None)
         if len(calls) == 1:
-            import ray
-
-            ray.kill(run.bank._actor, no_restart=False)
+            victim = run.bank.shards[job.extras["shard"]] if "shard" in job.extras else run.bank
+            ray.kill(victim._actor, no_restart=False)
         return real(run, epoch, token)
 
     deepcluster.cluster = deadly

@@ -28,6 +28,14 @@ class CoverageError(RuntimeError):
     """The bank does not hold every image exactly as the current pass pushed it; the remedy is to extract again."""
 
 
+def check_complete(num_images: int, num_missing: int, first: list[int], num_readable: int) -> None:
+    """CoverageError where images (``first`` of them) were neither pushed nor skipped, ValueError where all were skipped."""
+    if num_missing:
+        raise CoverageError(f"{num_missing} of {num_images} images were not extracted (image_id {first}...)")
+    if not num_readable:
+        raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
+
+
 class FeatureBank:
     """Holds the reduced features (N, d) of one extraction pass.
 
@@ -67,12 +75,20 @@ class FeatureBank:
         self._check(token)
         self.moments[rank] = sums
 
-    def whitening(self, token: str) -> Whitening:
-        """Fitted once, on the sums of all ranks in rank order, so that it does not hang on who came first."""
+    def num_readable(self, token: str) -> int:
+        """Images that were not skipped so far."""
+        self._check(token)
+        return self.num_images - int(self.unreadable.sum())
+
+    def whitening(self, token: str, elsewhere: int = 0) -> Whitening:
+        """Fitted once, on the sums of all ranks in rank order, so that it does not hang on who came first.
+
+        ``elsewhere``: readable images that are in the sums, but not in this bank.
+        """
         self._check(token)
         if self.whitening_ is None:
             sums = [self.moments[rank] for rank in sorted(self.moments)]
-            expected = self.num_images - int(self.unreadable.sum())
+            expected = self.num_readable(token) + elsewhere
             summed = sum(one.count for one in sums)
             if summed != expected:
                 raise CoverageError(f"the ranks' sums hold {summed} images where {expected} were expected")
@@ -113,17 +129,17 @@ class FeatureBank:
         ``previous_labels``: where k-means begins if it starts warm.
         """
         self._check(token)
-        self.covered &= ~self.unreadable
-        if self.unreadable.all():
-            raise ValueError("no image could be read; make the shards again with jobs/make_shards.py")
-        missing = ~(self.covered | self.unreadable)
-        if missing.any():
-            first = np.flatnonzero(missing)[:3].tolist()
-            raise CoverageError(f"{missing.sum()} of {self.num_images} images were not extracted (image_id {first}...)")
+        check_complete(self.num_images, *self._coverage())
         rows = np.flatnonzero(self.covered)
         features = self.features if len(rows) == self.num_images else self.features[rows]
         facts = {"epoch": epoch, "weights_hash": weights_hash, "whitening": self.whitening_}
         return self._cluster(features, rows, derive(seed, "kmeans", epoch), previous_labels, facts)
+
+    def _coverage(self) -> tuple[int, list[int], int]:
+        """(images neither pushed nor skipped, the first three of them, images to cluster)."""
+        self.covered &= ~self.unreadable
+        missing = ~(self.covered | self.unreadable)
+        return int(missing.sum()), np.flatnonzero(missing)[:3].tolist(), int(self.covered.sum())
 
     def _cluster(self, features_nd: np.ndarray, rows: np.ndarray, seed: int, previous_labels, facts: dict) -> Assignment:
         """``features_nd`` are those of the images ``rows``; all other images get no pseudo-label."""

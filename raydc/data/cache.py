@@ -163,7 +163,7 @@ class CachedImages:
         image_ids, draws = plan.draws()
         part = batch_size // self.world_size
         for start in range(self.rank * part, len(image_ids), batch_size):
-            ids, numbers = image_ids[start : start + part], draws[start : start + part]
+            ids, numbers = (column[start : start + part].astype(np.int64) for column in (image_ids, draws))
             cut_one = functools.partial(self._augmented, ids, numbers)
             yield ids, crops_of(self.config, views, seed, cut_one)
 

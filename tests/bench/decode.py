@@ -2,8 +2,9 @@
 
     uv run python tests/bench/decode.py --images FOLDER --json decode.json
 
-Both get the same JPEG files, read before, and the same boxes (scale .08 to 1, ratio 3/4 to 4/3), and give uint8 (3, 224, 224)
-(row 7 is missed where a pixel differs by more than 2). ``quality`` compares their pixels, in steps of 255: the largest difference, the 99.9th percentile and the mean.
+Both get the same JPEG files, read before, and the same boxes (scale .08 to 1, ratio 3/4 to 4/3), and give uint8
+(3, 224, 224).
+``quality`` compares their pixels in steps of 255: largest difference (above 2 the row is missed), 99.9th percentile, mean.
 """
 
 from __future__ import annotations

@@ -154,8 +154,9 @@ class FeatureBank:
             start = None
             if config.start == "warm" and previous_labels is not None:
                 start = means(features_nd, previous_labels[rows], config.num_clusters)
-            how = {"iterations": config.iterations, "threads": self.threads, "gpu": self.gpu, "start_kd": start}
-            result = kmeans(features_nd, config.num_clusters, seed=seed, spherical=config.method == "spherical", **how)
+            where = {"threads": self.threads, "gpu": self.gpu, "engine": config.engine}
+            how = {"iterations": config.iterations, "spherical": config.method == "spherical", "start_kd": start}
+            result = kmeans(features_nd, config.num_clusters, seed=seed, **how, **where)
         labels = np.full(self.num_images, UNREADABLE, np.int32)
         distances = np.zeros(self.num_images, np.float32)
         labels[rows], distances[rows] = result.labels_N, result.distances_N

@@ -1,4 +1,4 @@
-"""k-means on the faiss index: 20 Lloyd iterations from random points, empty clusters split (protocol 1a).
+"""k-means: 20 Lloyd iterations from random points, empty clusters split (protocol 1a), by faiss or by ``lloyd``.
 
 N images, d dimensions, k clusters.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
 
-ROWS, COLUMNS = 16384, 64  # of the features that are copied at once, where another type is needed
+ROWS = 16384  # of the features that are copied at once, where another type is needed
+LARGE = 1_000_000_000  # N d k, from where ``lloyd`` is worth its start
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +46,67 @@ def kmeans(
     gpu: bool = False,
     spherical: bool = False,
     start_kd: np.ndarray | None = None,
+    engine: str = "faiss",
 ) -> KMeans:
-    """Lloyd's algorithm as faiss runs it, on ``gpu`` where there is one; ValueError if k > N or not finite.
+    """Lloyd's algorithm, on ``gpu`` where there is one; ValueError if k > N or not finite.
 
     ``spherical``: by cosine, with centroids of length one, as rows must be (protocol 1c); distances stay squared L2.
     ``start_kd``: centroids to begin with; those that are not finite become random images. No cluster is empty at the
-    end unless fewer than k images differ.
+    end unless fewer than k images differ. ``engine``: faiss, torch or auto; see ``choose_engine``.
     """
-    import faiss  # its wheel and torch's are built for different CUDA versions: only the process that clusters loads it
-
     num, dim = features_Nd.shape
     if k > num:
         raise ValueError(f"num_clusters {k} is above the number of images {num}; lower clustering.num_clusters")
     features_Nd = checked(features_Nd)
+    if start_kd is not None:
+        start_kd = _complete(start_kd, features_Nd, k, seed)
+    if engine == "auto":
+        engine = choose_engine(num, dim, k, gpu)
+    # The wheels of faiss and torch are built for different CUDA versions: on a GPU a process can use but one of them.
+    engine_of = {"faiss": _by_faiss, "torch": _by_torch}[engine]
+    how = {"iterations": iterations, "seed": seed, "threads": threads, "gpu": gpu, "spherical": spherical}
+    result = engine_of(features_Nd, k, start_kd, **how)
+    num_filled = _fill_empty(features_Nd, result.labels_N, result.distances_N, result.centroids_kd)
+    return replace(result, num_repaired=result.num_repaired + num_filled)
+
+
+def choose_engine(num: int, dim: int, k: int, gpu: bool = False) -> str:
+    """torch where the CPU multiplies integers of 8 bits in hardware and the sizes are worth it, else faiss.
+
+    From the machine and the sizes alone, never from a stopwatch (tests/bench/kmeans.py measures the rule).
+    """
+    if gpu or num * dim * k < LARGE:
+        return "faiss"
+    from raydc.clustering.lloyd import has_fast_int8
+
+    return "torch" if has_fast_int8() else "faiss"
+
+
+def _by_torch(features_Nd: np.ndarray, k: int, start_kd: np.ndarray | None, *, threads: int, gpu: bool, **how) -> KMeans:
+    from raydc.clustering import lloyd
+
+    with lloyd.torch_threads(threads):
+        centroids, labels, distances, objectives, num_split = lloyd.run(features_Nd, k, start_kd, gpu=gpu, **how)
+    return KMeans(centroids, labels, distances, objectives, num_split)
+
+
+def _by_faiss(
+    features_Nd: np.ndarray,
+    k: int,
+    start_kd: np.ndarray | None,
+    *,
+    iterations: int,
+    seed: int,
+    threads: int,
+    gpu: bool,
+    spherical: bool,
+) -> KMeans:
+    import faiss
+
+    dim = features_Nd.shape[1]
     clustering = _clustering(faiss, dim, k, iterations, seed, spherical)
     if start_kd is not None:
-        faiss.copy_array_to_vector(_complete(start_kd, features_Nd, k, seed).ravel(), clustering.centroids)
+        faiss.copy_array_to_vector(start_kd.ravel(), clustering.centroids)
     index = flat_index(faiss, dim, gpu, spherical)
     with faiss_threads(threads):
         clustering.train(features_Nd, index)
@@ -71,8 +117,7 @@ def kmeans(
     if spherical:
         found, objectives = _from_products(found, objectives, features_Nd, labels, centroids)
     distances = np.maximum(found, 0)  # ||x||^2 - 2xc + ||c||^2 can round below zero
-    num_filled = _fill_empty(features_Nd, labels, distances, centroids)
-    return KMeans(centroids, labels, distances, objectives, sum(one.nsplit for one in stats) + num_filled)
+    return KMeans(centroids, labels, distances, objectives, sum(one.nsplit for one in stats))
 
 
 def checked(features_Nd: np.ndarray) -> np.ndarray:
@@ -85,11 +130,12 @@ def checked(features_Nd: np.ndarray) -> np.ndarray:
 
 def means(features_Nd: np.ndarray, labels_N: np.ndarray, k: int) -> np.ndarray:
     """float32 (k, d): the mean of each cluster, summed in float64; NaN where it is empty. Labels of -1 are left out."""
-    num, dim = features_Nd.shape
     groups = np.asarray(labels_N, np.int64) + 1  # those left out are group 0
-    members = csr_array((np.ones(num), groups, np.arange(num + 1)), shape=(num, k + 1)).T
-    columns = (slice(start, start + COLUMNS) for start in range(0, dim, COLUMNS))
-    sums = np.hstack([members @ features_Nd[:, some].astype(np.float64) for some in columns])
+    sums = np.zeros((k + 1, features_Nd.shape[1]))
+    for rows in _blocks(len(groups)):
+        num = len(groups[rows])
+        members = csr_array((np.ones(num), groups[rows], np.arange(num + 1)), shape=(num, k + 1)).T
+        sums += members @ features_Nd[rows].astype(np.float64)
     with np.errstate(invalid="ignore"):
         return (sums[1:] / np.bincount(groups, minlength=k + 1)[1:, None]).astype(np.float32)
 

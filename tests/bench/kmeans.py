@@ -6,7 +6,7 @@ Real features: of the CIFAR-10 images and of their mirror images, by the network
 ``--run`` by one with fresh weights), whitened as in a run. ``--keep FOLDER`` holds them for the next time. From the same
 starts faiss (20 iterations and the search that gives the labels) and the engine run in turns, each pair from another
 start. Row 1: 20 iterations; row 2: 12, which lose a little. The objectives over faiss' stand beside: on the features and
-on a Gaussian mixture. Last a grid of sizes, which ``choose_engine`` follows.
+on a Gaussian mixture. ``--grid``: sizes, which ``choose_engine`` follows.
 """
 
 from __future__ import annotations

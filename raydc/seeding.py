@@ -42,6 +42,22 @@ def _uniforms(seed: int, image_ids: np.ndarray, draws: np.ndarray, num: int) -> 
     return bits.view(np.int64) * 2.0**-53  # of signed numbers, which more CPUs convert many at a time
 
 
+def random_bits(seed: int, image_ids: np.ndarray, draws: np.ndarray | int = 0) -> np.ndarray:
+    """uint64 (len(image_ids),): 64 random bits, a pure function of (seed, image_id, draw); a third of the cost of a uniform.
+
+    splitmix64's sequence over the image_ids; further draws of an image are the one that begins at its own number.
+    """
+    with np.errstate(over="ignore"):
+        bits = image_ids.astype(np.uint64)
+        bits *= _GOLDEN
+        bits += np.uint64(seed)
+        bits = _mix(bits)
+        if np.ndim(draws) == 0 and draws == 0:
+            return bits
+        later = np.asarray(draws, np.uint64)
+        return np.where(later > 0, _mix(bits + later * _GOLDEN), bits)
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014), in place: a bijection whose output bits look independent."""
     x ^= x >> np.uint64(30)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raydc.seeding import derive, uniforms
+from raydc.seeding import derive, random_bits, uniforms
 
 IDS = np.arange(20_000)
+PUBLISHED = [16294208416658607535, 7960286522194355700, 487617019471545679]  # outputs of splitmix64 for state 0
 seeds = st.integers(0, 2**63 - 1)
 
 
@@ -26,8 +27,15 @@ def test_derive_gives_every_purpose_its_own_seed():
 
 def test_first_numbers_are_splitmix64s():
     """The published outputs of splitmix64 for state 0; the state of (0, 0, 0) is 0, which the mixer leaves alone."""
-    published = [16294208416658607535, 7960286522194355700, 487617019471545679]
-    assert uniforms(0, np.array([0]), 0, 3)[0].tolist() == [(one >> 11) / 2**53 for one in published]
+    assert uniforms(0, np.array([0]), 0, 3)[0].tolist() == [(one >> 11) / 2**53 for one in PUBLISHED]
+
+
+def test_random_bits_are_splitmix64s():
+    """Images in turn are its sequence; further draws of an image are the sequence that begins at its first number."""
+    assert random_bits(0, np.arange(1, 4)).tolist() == PUBLISHED
+    first = int(random_bits(9, np.array([5]))[0])
+    assert random_bits(9, np.full(4, 5), np.arange(4)).tolist() == [first, *random_bits(first, np.arange(1, 4)).tolist()]
+    assert random_bits(9, np.array([5, 7]), 2).tolist() == random_bits(9, np.array([5, 7]), np.array([2, 2])).tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**62 + 5])

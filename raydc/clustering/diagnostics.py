@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import coo_array
 
 from raydc.clustering.assignment import Assignment
 
@@ -13,21 +12,29 @@ def nmi(a: np.ndarray, b: np.ndarray) -> float | None:
     known = (a >= 0) & (b >= 0)
     if not known.any():
         return None
-    # A counting sort; the contingency table is never dense. scikit-learn's takes ten times as long at 10,000 clusters.
-    joint = coo_array((np.ones(int(known.sum()), np.int32), (a[known], b[known]))).tocsr()
-    in_a, in_b = joint.sum(1), joint.sum(0)
-    if (in_a > 0).sum() == 1 and (in_b > 0).sum() == 1:
+    if not known.all():
+        a, b = a[known], b[known]
+    sizes_a, sizes_b = np.bincount(a), np.bincount(b)
+    if (sizes_a > 0).sum() == 1 and (sizes_b > 0).sum() == 1:
         return 1.0
-    rows = np.repeat(np.arange(len(in_a)), np.diff(joint.indptr))
-    shared = joint.data / known.sum()
-    mutual = (shared * np.log(joint.data * float(known.sum()) / (in_a[rows] * in_b[joint.indices].astype(float)))).sum()
-    entropies = _entropy(in_a) * _entropy(in_b)
-    return float(np.clip(mutual / np.sqrt(entropies), 0, 1)) if entropies > 0 else 0.0
+    # Pairs of labels as one number, counted by a sort; scikit-learn's table takes ten times as long at 10,000 clusters.
+    pairs = np.multiply(
+        a, len(sizes_b), dtype=np.uint32 if len(sizes_a) * len(sizes_b) < 2**32 else np.uint64, casting="unsafe"
+    )
+    np.add(pairs, b, out=pairs, casting="unsafe")
+    pairs.sort()
+    ends = np.flatnonzero(pairs[1:] != pairs[:-1])
+    joint = np.diff(ends, prepend=-1, append=len(pairs) - 1)
+    in_a, in_b, in_both = map(_entropy, (sizes_a, sizes_b, joint))
+    return float(np.clip((in_a + in_b - in_both) / np.sqrt(in_a * in_b), 0, 1)) if in_a * in_b > 0 else 0.0
 
 
 def _entropy(sizes: np.ndarray) -> float:
-    share = sizes[sizes > 0] / sizes.sum()
-    return float(-(share * np.log(share)).sum())
+    """Of a partition into parts of these sizes; parts of one size are reckoned together, for most of them are small."""
+    times = np.bincount(sizes)
+    size = np.flatnonzero(times[1:]) + 1
+    total = times[size] @ size
+    return float(np.log(total) - times[size] @ (size * np.log(size)) / total)
 
 
 def health(assignment: Assignment) -> dict:

@@ -3,11 +3,14 @@ parametrization"), so that a giant cluster does not become the only lesson."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from raydc.seeding import derive, uniforms
+from raydc.seeding import BLOCK, derive, random_bits, uniforms
+
+MANY = 4  # draws of an image; more of them are rare
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +30,34 @@ class SamplingPlan:
         The draws of an image are spread evenly: its c draws take one slot in each c-th of the epoch, so a cluster of
         one cannot fill a batch with its only image.
         """
-        counts = self.counts
-        image_ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        draws = _numbered(counts)
-        slots = uniforms(derive(self.seed, "slot"), image_ids, draws)[:, 0]
-        slots += draws
-        slots /= np.repeat(counts, counts)
-        order = _order(slots)
-        return image_ids[order], draws[order]
+        # One sort of 64-bit numbers: the slot in the high bits, whose draw it is in the low ones.
+        id_bits, draw_bits = _width(len(self.counts)), _width(self.counts.max(initial=1))
+        slot_bits, seed = 64 - id_bits - draw_bits, derive(self.seed, "slot")
+        keys, end = np.empty(self.num_draws, np.uint64), 0
+        for image_ids, draws, counts in self._unfolded():
+            key = random_bits(seed, image_ids, draws)
+            key >>= 64 - slot_bits
+            key += draws << slot_bits
+            key //= counts
+            key <<= id_bits
+            key |= image_ids.view(np.uint64)
+            key <<= draw_bits
+            key |= draws
+            keys[end : (end := end + len(key))] = key
+        keys.sort()
+        return _field(keys, draw_bits, id_bits), _field(keys, 0, draw_bits)
+
+    def _unfolded(self) -> Iterator[tuple[np.ndarray, np.ndarray | int, np.ndarray]]:
+        """(image_ids int64, draw numbers, counts; both uint64) of all draws, in parts that stay in a core's cache."""
+        for start in range(0, len(self.counts), BLOCK):
+            counts = self.counts[start : start + BLOCK]
+            for draw in range(min(MANY, counts.max())):  # three times as fast as np.repeat, where most counts are small
+                image_ids = np.flatnonzero(counts > draw)
+                yield image_ids + start, draw, counts[image_ids].astype(np.uint64)
+        image_ids = np.flatnonzero(self.counts > MANY)
+        draws = _numbered(self.counts[image_ids] - MANY) + MANY
+        image_ids = np.repeat(image_ids, self.counts[image_ids] - MANY)
+        yield image_ids, draws.astype(np.uint64), self.counts[image_ids].astype(np.uint64)
 
 
 def plan_length(num_images: int, multiple: float, batch_size: int) -> int:
@@ -47,16 +70,14 @@ def uniform_plan(pseudo_labels: np.ndarray, num_clusters: int, length: int, seed
 
     (The original means this and does not do it: protocol 1a, index mismatch.) Images labelled -1 are never drawn.
     """
-    ids = np.flatnonzero(pseudo_labels >= 0)
-    labels = pseudo_labels[ids]
-    sizes = np.bincount(labels, minlength=num_clusters)
+    known = pseudo_labels if pseudo_labels.min() >= 0 else pseudo_labels[pseudo_labels >= 0]
+    sizes = np.bincount(known, minlength=num_clusters)
     quotas = _share(length, np.flatnonzero(sizes), num_clusters, derive(seed, "clusters"))
     each, more = np.divmod(quotas, np.maximum(sizes, 1))
-    drawn = np.repeat(each.astype(np.int32), sizes)  # cluster by cluster
-    drawn[np.repeat(np.cumsum(sizes) - sizes, more) + _numbered(more)] += 1
-    order = _shuffled_by_cluster(labels, num_clusters, uniforms(derive(seed, "images"), ids)[:, 0])
-    counts = np.zeros(len(pseudo_labels), np.int32)
-    counts[ids[order]] = drawn
+    lucky = np.zeros(len(pseudo_labels), bool)
+    lucky[_some_of_each(pseudo_labels, sizes, more, derive(seed, "images"))] = True
+    counts = np.append(each, 0).astype(np.int32)[pseudo_labels]  # label -1: the 0 at the end
+    counts += lucky
     return SamplingPlan(counts, seed)
 
 
@@ -87,11 +108,37 @@ def _share(total: int, clusters: np.ndarray, num_clusters: int, seed: int) -> np
     return quotas
 
 
-def _shuffled_by_cluster(labels: np.ndarray, num_clusters: int, key: np.ndarray) -> np.ndarray:
-    """Rows of cluster 0 first, and so on, those of a cluster in the order of 16 bits of ``key`` in [0, 1)."""
-    order = np.argsort((key * 2.0**16).astype(np.uint16), kind="stable")  # a radix sort, as it is for 16 bits alone
-    narrow = labels.astype(np.uint16) if num_clusters <= 1 << 16 else labels
-    return order[np.argsort(narrow[order], kind="stable")]
+def _some_of_each(pseudo_labels: np.ndarray, sizes_k: np.ndarray, more_k: np.ndarray, seed: int) -> np.ndarray:
+    """Of each cluster as many images as ``more_k`` says, drawn at random."""
+    # One sort of 64-bit numbers: the cluster in the high bits (-1 comes last), then random ones, the image in the low ones.
+    label_bits, id_bits = _width(len(sizes_k) + 1), _width(len(pseudo_labels))
+    keys = np.empty(len(pseudo_labels), np.uint64)
+    for start in range(0, len(keys), BLOCK):
+        labels = pseudo_labels[start : start + BLOCK].astype(np.uint64)
+        image_ids = np.arange(start, start + len(labels))
+        key = random_bits(seed, image_ids)
+        key >>= label_bits + id_bits
+        key <<= id_bits
+        key |= image_ids.astype(np.uint64)
+        key |= labels << (64 - label_bits)
+        keys[start : start + BLOCK] = key
+    keys.sort()
+    chosen = np.repeat(np.cumsum(sizes_k - more_k) - (sizes_k - more_k), more_k)  # how far each stands behind its place
+    chosen += np.arange(len(chosen))
+    return _field(keys[chosen], 0, id_bits)
+
+
+def _field(keys: np.ndarray, low: int, width: int) -> np.ndarray:
+    """int32: ``width`` bits of each number, above the ``low`` lowest."""
+    found = np.empty(len(keys), np.int32)
+    for rows in (slice(start, start + BLOCK) for start in range(0, len(keys), BLOCK)):
+        found[rows] = (keys[rows] >> low) & ((1 << width) - 1)
+    return found
+
+
+def _width(num: int) -> int:
+    """Bits that the numbers below ``num`` take."""
+    return int(num - 1).bit_length()
 
 
 def _numbered(counts: np.ndarray) -> np.ndarray:
@@ -99,11 +146,3 @@ def _numbered(counts: np.ndarray) -> np.ndarray:
     numbers = np.arange(counts.sum(), dtype=counts.dtype)
     numbers -= np.repeat(np.cumsum(counts, dtype=counts.dtype) - counts, counts)
     return numbers
-
-
-def _order(key: np.ndarray) -> np.ndarray:
-    """A stable order of numbers in [0, 1) by their first 32 bits: two radix sorts of 16 bits, five times as fast as a
-    comparing sort of all bits."""
-    bits = (key * 2.0**32).astype(np.uint32)
-    order = np.argsort(bits.astype(np.uint16), kind="stable")
-    return order[np.argsort((bits >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]

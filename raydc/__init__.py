@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 for _name, _value in {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_worker_niceness": "0",
+    # A data process that waits for the network is not thrown away after a second: the next one would need seconds to start.
+    "RAY_idle_worker_killing_time_threshold_ms": "300000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",

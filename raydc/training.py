@@ -119,43 +119,53 @@ def timed(batches: Iterable, clock: Clock) -> Iterator:
         yield batch
 
 
-def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
-    """The same batches, made ahead in a thread; an error in the thread is raised where its batch would have come."""
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
+class Prefetch:
+    """The same batches, made ahead in a thread that starts at once; an error in it is raised where its batch would have
+    come. The thread ends when nobody iterates any more."""
 
-    def put(item) -> bool:
+    def __init__(self, batches: Iterator, depth: int = 2) -> None:
+        self.ready: queue.Queue = queue.Queue(depth)
+        self.stopped = threading.Event()
+        threading.Thread(target=_fill, args=(batches, self.ready, self.stopped), daemon=True).start()
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self):
+        if self.stopped.is_set():
+            raise StopIteration
+        batch, error, ended = self.ready.get()
+        if ended:
+            self.close()
+            raise error or StopIteration
+        return batch
+
+    def close(self) -> None:
+        self.stopped.set()
+
+    __del__ = close
+
+
+def _fill(batches: Iterator, ready: queue.Queue, stopped: threading.Event) -> None:
+    def put(*item) -> bool:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
                 return True
         return False
 
-    def fill() -> None:
-        try:
-            for batch in batches:
-                if not put((batch, None)):
-                    return
-            put((None, None))
-        except BaseException as error:  # handed over, whatever it is
-            put((None, error))
-
-    threading.Thread(target=fill, daemon=True).start()
     try:
-        while True:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            if batch is None:
+        for batch in batches:
+            if not put(batch, None, False):
                 return
-            yield batch
-    finally:
-        stopped.set()
+        put(None, None, True)
+    except BaseException as error:  # handed over, whatever it is
+        put(None, error, True)
 
 
 def prefetched(batches: Iterator, streamed: bool, device: torch.device) -> Iterator:
     """The same batches, made ahead in a thread where that does not take the CPU from the network."""
-    return prefetch(batches) if streamed or device.type == "cuda" else batches
+    return Prefetch(batches) if streamed or device.type == "cuda" else batches
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from raydc.config import ModelConfig, RunError, TrainConfig
 from raydc.models.backbone import build_backbone
 from raydc.models.head import Classifier
 from raydc.optim import build_optimizer, forget_momentum, learning_rate
-from raydc.training import Clock, Compute, choose_precision, choose_threads, prefetch, run_inference, run_steps, timed
+from raydc.training import Clock, Compute, Prefetch, choose_precision, choose_threads, run_inference, run_steps, timed
 
 CPU = Compute(torch.device("cpu"), "fp32", channels_last=False)
 CONFIG = TrainConfig(epochs=10, batch_size=60, lr=0.1)
@@ -260,8 +260,8 @@ def wait_until(happened) -> bool:
 @pytest.mark.parametrize("depth", [1, 2, 50])
 def test_prefetch_gives_the_same_batches_in_order(depth):
     before = running()
-    assert list(prefetch(iter(range(1, 40)), depth)) == list(range(1, 40))
-    assert list(prefetch(iter([]), depth)) == []
+    assert list(Prefetch(iter(range(1, 40)), depth)) == list(range(1, 40))
+    assert list(Prefetch(iter([]), depth)) == []
     assert wait_until(lambda: running() <= before)
 
 
@@ -273,7 +273,7 @@ def test_prefetch_works_ahead_but_no_further_than_its_depth():
             made.append(number)
             yield number
 
-    ahead = prefetch(producer(), depth=2)
+    ahead = Prefetch(producer(), depth=2)
     assert next(ahead) == 1
     assert wait_until(lambda: len(made) >= 3)
     time.sleep(0.3)
@@ -289,7 +289,7 @@ def test_prefetch_raises_the_producers_error_where_its_batch_would_have_come():
         yield 2
         raise OSError("the shard is gone")
 
-    ahead = prefetch(producer())
+    ahead = Prefetch(producer())
     assert [next(ahead), next(ahead)] == [1, 2]
     with pytest.raises(OSError, match="the shard is gone"):
         next(ahead)
@@ -305,7 +305,7 @@ def test_the_thread_ends_when_the_consumer_stops():
             number += 1
             yield number
 
-    ahead = prefetch(endless())
+    ahead = Prefetch(endless())
     assert next(ahead) == 1
     assert len(running() - before) == 1
     ahead.close()
@@ -321,7 +321,7 @@ def test_the_thread_ends_when_the_loop_fails(digits):
     with pytest.raises(RunError, match="not finite"):
         run_steps(
             model,
-            prefetch(batches(spoilt, 6)),
+            Prefetch(batches(spoilt, 6)),
             digits[1],
             build_optimizer(model.backbone, model.head, config),
             config,

@@ -13,7 +13,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -32,7 +31,7 @@ from raydc.benchmarks.options import LAYERS, Setting
 from raydc.benchmarks.setting import Candidate
 from raydc.config import ImagesConfig, RunError, TrainConfig
 from raydc.data import shards, transforms
-from raydc.data.cache import cut
+from raydc.data.cache import cut, decoders
 from raydc.data.decode import UnreadableImage, decode
 from raydc.data.schema import Manifest
 from raydc.models.norm import adapt_statistics, folded
@@ -123,7 +122,7 @@ class Extractor:
     def __call__(self, table: pa.Table) -> Block:
         ids = table["image_id"].to_numpy()
         pixels = (self.reader(table.slice(start, BATCH)) for start in range(0, len(table), BATCH))
-        batches = [self._features(batch) for batch in training.prefetch(pixels)]
+        batches = [self._features(batch) for batch in training.Prefetch(pixels)]
         arrays = {tap: np.concatenate([batch[tap] for batch in batches]) for tap in batches[0]}
         name = f"block-{uuid.uuid4().hex}.safetensors"
         self.cache.write(name, safetensors.numpy.save(arrays | {"image_id": ids}))
@@ -162,7 +161,7 @@ class Reader:
 
     def __init__(self, folder: Folder, view: View, threads: int) -> None:
         self.folder, self.view = folder, view
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool = decoders(threads)
 
     def __call__(self, table: pa.Table) -> torch.Tensor:
         if "image" in table.column_names:

@@ -6,6 +6,7 @@ same pixels; everything else goes through Pillow.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -50,6 +51,17 @@ def decode(data: bytes) -> np.ndarray:
     """
     pixels = _decode_jpeg(data)
     return _to_rgb(_open(data)) if pixels is None else pixels
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of what ``decode`` will give, from the first bytes alone. Raises UnreadableImage."""
+    if data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg_header(data)[:2]
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS).size[::-1]
+    except Exception as error:
+        raise UnreadableImage(_reason(error)) from None
 
 
 def normalise(data: bytes, short_side: int | None = None) -> tuple[bytes, list[str]]:

@@ -6,31 +6,36 @@ lost on the way: Train's own split drops rows, so the extraction views are split
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.train
+import torch
 
 from raydc.clustering.sampling import SamplingPlan
 from raydc.config import Config, ImagesConfig, RunError
-from raydc.data import cache, shards, transforms
-from raydc.data.cache import EXTRACT_BATCH, CachedImages, crops_of, cut
-from raydc.data.decode import UnreadableImage, decode
+from raydc.data import cache, rows, shards, transforms
+from raydc.data.cache import EXTRACT_BATCH, CachedImages, as_batch, cut, cut_into, empty_crops, views_of
+from raydc.data.decode import UnreadableImage, decode, image_size
+from raydc.data.rows import Head
 from raydc.data.schema import Manifest
 from raydc.launch import Remote, Shared, Worker
 from raydc.seeding import derive, uniforms
 from raydc.storage import Folder
+from raydc.training import Prefetch
 
-READERS = 16  # files opened at once: their reading waits for disks and networks, not for a CPU
+PIECE = 8  # images that a decoding thread takes at once
+IN_FLIGHT = 2  # batches that are decoded while the one before them is waited for: no thread is idle at a batch's end
 BLOCK_BYTES = 16 << 20  # a smaller block reaches the first batch sooner than Ray Data's 128 MiB
 # Largest share of a global batch that one image may take where its draws leave the stream together; the draws of images
 # that are drawn more often travel with other rows, all over the epoch.
@@ -111,7 +116,7 @@ def open_streams(
         draw_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"plans": plans}, zero_copy_batch=True
     )
     datasets = {name: _cut(one, config, plans if name == "train" else None) for name, one in datasets.items()}
-    index = Shared(_row_index(folder, manifest), local=local)
+    index = Shared({split: rows.index_rows(folder, manifest, split) for split in splits}, local=local)
     return Streams(config, sizes, None, datasets, LosslessDataConfig(), plans, index, folder)
 
 
@@ -201,16 +206,22 @@ class Travel:
     seed: int
 
 
-def plan_travel(plan: SamplingPlan, batch_size: int, seed: int, hot_images) -> Travel:
-    """Split a plan; ``hot_images(ids)`` gives the encoded images of the ids."""
-    hot_ids = np.flatnonzero(plan.counts > max(1, int(TOGETHER * batch_size)))
+def own_counts(plan: SamplingPlan, batch_size: int) -> np.ndarray:
+    """Draws of each image that leave together, none of images that are drawn often."""
+    return np.where(plan.counts > max(1, int(TOGETHER * batch_size)), 0, plan.counts)
+
+
+def plan_travel(plan: SamplingPlan, batch_size: int, seed: int, hot_images, heads: Sequence[Head] = ()) -> Travel:
+    """Split a plan; ``hot_images(ids)`` gives the encoded images of the ids. Draws of the ``heads`` do not travel."""
+    counts = own_counts(plan, batch_size)
+    hot_ids = np.flatnonzero(plan.counts > counts)
     image_ids = np.repeat(hot_ids, plan.counts[hot_ids])
     first = np.cumsum(plan.counts[hot_ids]) - plan.counts[hot_ids]
     draws = np.arange(len(image_ids)) - np.repeat(first, plan.counts[hot_ids])
     carriers = (uniforms(derive(plan.seed, "carrier"), image_ids, draws)[:, 0] * len(plan.counts)).astype(np.int64)
     order = np.argsort(carriers, kind="stable")
-    counts = plan.counts.copy()
-    counts[hot_ids] = 0
+    for head in heads:
+        counts[head.image_ids] -= head.draws
     encoded = pa.array(hot_images(hot_ids), pa.large_binary())  # Arrow: read in place by every data process of a node
     return Travel(counts, carriers[order], image_ids[order], draws[order], hot_ids, encoded, seed)
 
@@ -254,16 +265,21 @@ def draw_rows(table: pa.Table, plans: Remote) -> pa.Table:
 
 def cut_rows(table: pa.Table, config: ImagesConfig, plans: Remote | None) -> pa.Table:
     """Decode in a data task: the crop (3 x size x size bytes) in place of the encoded image; null if unreadable."""
+    return cut_table(table, config, None if plans is None else current_travel(plans).seed)
+
+
+def cut_table(table: pa.Table, config: ImagesConfig, seed: int | None) -> pa.Table:
+    """The same for training crops of a seed or, without one, for central ones."""
     ids, images = table["image_id"].to_numpy(), [_try_decode(data) for data in table["image"].to_pylist()]
     heights, widths = _sizes(images)
-    if plans is None:
+    if seed is None:
         boxes, flips, columns = transforms.centre_boxes(config, heights, widths), np.zeros(len(ids), bool), {}
     else:
         draws = table["draw"].to_numpy()
-        drawn = transforms.draw_augmentation(config, current_travel(plans).seed, ids, draws, heights, widths)
+        drawn = transforms.draw_augmentation(config, seed, ids, draws, heights, widths)
         boxes, flips, columns = drawn.box, drawn.flip, {"draw": draws}
     crops = [
-        None if image is None else cut([image], box[None], np.array([flip]), config.size, _Inline).numpy().tobytes()
+        None if image is None else cut([image], box[None], [flip], config.size, _Inline).numpy().tobytes()
         for image, box, flip in zip(images, boxes, flips, strict=True)
     ]
     return pa.table({"image_id": ids, **columns, "crop": pa.array(crops, pa.binary())})
@@ -294,87 +310,187 @@ class StreamedImages:
 
     def __init__(self, streams: Streams, worker: Worker, threads: int) -> None:
         self.streams, self.worker, self.config = streams, worker, streams.config.images
+        self.indices = streams.row_index.get() if streams.row_index else {}
         self.unreadable: dict[str, list[int]] = {}
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool = cache.decoders(threads)
 
     def extract(self, split: str, image_ids: np.ndarray | None = None) -> Iterator:
         """(image_ids, pixels (B, 3, S, S)) of whatever rows this rank is given; unreadable ones go to ``unreadable``."""
-        wanted = None
+        self.unreadable[split] = []
+        tables = self._extract_tables(split)
         if image_ids is not None:
             wanted = np.zeros(self.streams.sizes[split], bool)
             wanted[image_ids] = True
-        self.unreadable[split] = []
-        shard = ray.train.get_dataset_shard("extract" if split == "train" else split)
-        for table in shard.iter_batches(batch_size=EXTRACT_BATCH, batch_format="pyarrow", prefetch_batches=2):
-            if wanted is not None:
-                table = table.filter(pa.array(wanted[table["image_id"].to_numpy()]))
-            ids, pixels = self._extract_batch(table)
-            self.unreadable[split] += table["image_id"].to_numpy()[~np.isin(table["image_id"].to_numpy(), ids)].tolist()
-            if len(ids):
-                yield ids, pixels.to(self.worker.device)
+            tables = (_only(table, wanted) for table in tables)
+        return self._extracted(split, tables)
 
-    def _extract_batch(self, table: pa.Table):
-        ids = table["image_id"].to_numpy()
-        if "crop" in table.column_names:
-            good = np.array(table["crop"].is_valid().to_numpy(zero_copy_only=False), bool)
-            return ids[good], self._unpack(table["crop"].filter(pa.array(good)))
-        images = list(self.pool.map(_try_decode, table["image"].to_pylist()))
-        good = np.array([image is not None for image in images], bool)
-        images = [image for image in images if image is not None]
-        if not images:
-            return ids[good], None
-        boxes = transforms.centre_boxes(self.config, *_sizes(images))
-        return ids[good], cut(images, boxes, None, self.config.size, self.pool)
+    def _extract_tables(self, split: str) -> Iterator[pa.Table]:
+        """First the rows that this rank reads itself, then the stream's but for those that any rank reads itself."""
+        shard = ray.train.get_dataset_shard("extract" if split == "train" else split)
+        stream = Prefetch(shard.iter_batches(batch_size=EXTRACT_BATCH, batch_format="pyarrow", prefetch_batches=2))
+        index = self.indices.get(split)
+        if index is None:
+            return stream
+        heads = rows.head_groups(index, self.worker.world_size, derive(self.streams.config.seed, "head", split))
+        outside = np.ones(len(index.ids), bool)
+        for group in itertools.chain(*heads):
+            outside[index.ids_of(group)] = False
+        mine = heads[self.worker.rank]
+        images = rows.read_groups(self.streams.folder, index, mine)
+        head = ({"image_id": index.ids_of(group), "image": column} for group, column in zip(mine, images, strict=False))
+        return itertools.chain(_joined(map(pa.table, head), EXTRACT_BATCH), (_only(table, outside) for table in stream))
+
+    def _extracted(self, split: str, tables: Iterator[pa.Table]) -> Iterator:
+        def begun() -> Iterator[Callable]:
+            for table in tables:
+                ids = table["image_id"].to_numpy()
+                if "crop" in table.column_names:
+                    good = np.array(table["crop"].is_valid().to_numpy(zero_copy_only=False), bool)
+                    yield lambda ids=ids, good=good, crops=table["crop"]: (
+                        ids,
+                        good,
+                        self._unpack(crops.filter(pa.array(good))),
+                    )
+                    continue
+                payload = table["image"].to_pylist()
+                boxes = transforms.centre_boxes(self.config, *sizes_of(payload))
+                waiting = self._cut(payload, [(boxes, np.zeros(len(ids), bool), self.config.size)])
+
+                def finished(ids=ids, waiting=waiting):
+                    (crops,), good = waiting()
+                    return ids, good, crops if good.all() else crops[torch.from_numpy(good)]
+
+                yield finished
+
+        for ids, good, pixels in in_flight(begun()):
+            self.unreadable[split] += ids[~good].tolist()
+            if good.any():
+                yield ids[good], pixels.to(self.worker.device)
 
     def train(self, plan: SamplingPlan, seed: int, batch_size: int, views: list[ImagesConfig] | None = None) -> Iterator:
         """This rank's share of the plan's draws, in parts of global batches: (image_ids, augmented pixels)."""
-        return (self._train_batch(batch, seed, views) for batch in self.draws(plan, seed, batch_size))
+        return in_flight(self._start_batch(batch, seed, views) for batch in self.draws(plan, seed, batch_size))
 
     def draws(self, plan: SamplingPlan, seed: int, batch_size: int) -> Iterator[list[tuple[int, int, bytes]]]:
         """The same, before decoding: lists of (image_id, draw, encoded image or crop). The plan is published at once."""
+        index, part = self.indices["train"], batch_size // self.worker.world_size
+        counts = own_counts(plan, batch_size)
+        heads = rows.plan_heads(counts, index, self.worker.world_size, part, derive(plan.seed, "head"))
         if self.worker.is_first:
-            travel = plan_travel(plan, batch_size, seed, self._hot_images)
+            travel = plan_travel(plan, batch_size, seed, self._hot_images, heads)
             self.streams.plans.publish([Shared(travel, local=False)])
         self.worker.barrier()  # a plan is in force before anybody's reading begins
-        return mixed(self._rows(), batch_size // self.worker.world_size, self.config.shuffle_buffer, seed)
-
-    def _rows(self) -> Iterator[tuple[int, int, bytes]]:
         shard = ray.train.get_dataset_shard("train")
-        for table in shard.iter_batches(batch_size=256, batch_format="pyarrow", prefetch_batches=2):
-            payload = table["crop" if "crop" in table.column_names else "image"]
-            yield from zip(table["image_id"].to_pylist(), table["draw"].to_pylist(), payload.to_pylist(), strict=True)
+        stream = Prefetch(shard.iter_batches(batch_size=256, batch_format="pyarrow", prefetch_batches=2))
+        head = rows.head_rows(self.streams.folder, index, heads[self.worker.rank], counts)
+        if decode_in_tasks(self.streams.config):
+            head = (cut_table(table, self.config, seed) for table in head)
+        return mixed(_each(itertools.chain(head, stream)), part, self.config.shuffle_buffer, seed)
 
-    def _train_batch(self, batch: list[tuple[int, int, bytes]], seed: int, views: list[ImagesConfig] | None):
+    def _start_batch(self, batch: list[tuple[int, int, bytes]], seed: int, views: list[ImagesConfig] | None) -> Callable:
+        """Decoding and cutting begin; what it returns waits for (image_ids, augmented pixels)."""
         ids, draws = (np.array(column, np.int64) for column in zip(*((i, d) for i, d, _ in batch), strict=True))
         payload = [data for _, _, data in batch]
         if None in payload:
-            bad = ids[payload.index(None)]
-            raise RunError(f"image_id {bad} can no longer be read; the shards changed under the run")
+            raise _no_longer_readable(ids[payload.index(None)])
         if decode_in_tasks(self.streams.config):
+            drawn = transforms.draw_augmentation(self.config, seed, ids, draws, *np.ones((2, len(ids)), np.int64))
             crops = self._unpack(pa.array(payload, pa.binary()))
-            sizes = np.ones(len(ids), np.int64), np.ones(len(ids), np.int64)
-            augmentation = transforms.draw_augmentation(self.config, seed, ids, draws, *sizes)
-            return ids, transforms.augment(crops.to(self.worker.device), augmentation, self.config)
-        images = list(self.pool.map(_try_decode, payload))
-        if any(image is None for image in images):
-            raise RunError(f"image_id {ids[images.index(None)]} can no longer be read; the shards changed under the run")
+            return lambda: (ids, transforms.augment(crops.to(self.worker.device), drawn, self.config))
+        kinds, sizes = views_of(self.config, views, seed), sizes_of(payload)
+        drawn = [transforms.draw_augmentation(config, own, ids, draws, *sizes) for config, own in kinds]
+        waiting = self._cut(
+            payload, [(one.box, one.flip, config.size) for one, (config, _) in zip(drawn, kinds, strict=True)]
+        )
 
-        def augmented(config: ImagesConfig, seed: int):
-            augmentation = transforms.draw_augmentation(config, seed, ids, draws, *_sizes(images))
-            crops = cut(images, augmentation.box, augmentation.flip, config.size, self.pool)
-            return transforms.augment(crops.to(self.worker.device), augmentation, config)
+        def finished():
+            crops, good = waiting()
+            if not good.all():
+                raise _no_longer_readable(ids[good.argmin()])
+            crops = [one.to(self.worker.device) for one in crops]
+            kind = zip(crops, drawn, kinds, strict=True)
+            return ids, as_batch([transforms.augment(one, how, config) for one, how, (config, _) in kind], views)
 
-        return ids, crops_of(self.config, views, seed, augmented)
+        return finished
 
-    def _unpack(self, crops: pa.Array):
-        import torch
+    def _cut(self, payload: list[bytes], views: list[tuple[np.ndarray, np.ndarray, int]]) -> Callable:
+        """Begin to decode images and to cut (boxes, flips, size) of each view; what it returns waits for
+        (crops of each view, which images could be read)."""
+        crops, good = [empty_crops(len(payload), size) for _, _, size in views], np.ones(len(payload), bool)
 
+        def work(start: int) -> None:
+            for row in range(start, min(start + PIECE, len(payload))):
+                image = _try_decode(payload[row])
+                if image is None:
+                    good[row] = False
+                    continue
+                for view, (boxes, flips, _) in zip(crops, views, strict=True):
+                    cut_into(view[row], image, boxes[row], flips[row])
+
+        pieces = [self.pool.submit(work, start) for start in range(0, len(payload), PIECE)]
+
+        def finished() -> tuple[list[torch.Tensor], np.ndarray]:
+            for piece in pieces:
+                piece.result()
+            return crops, good
+
+        return finished
+
+    def _unpack(self, crops: pa.Array) -> torch.Tensor:
         pixels = np.frombuffer(b"".join(crops.to_pylist()), np.uint8).copy()
         return torch.from_numpy(pixels).view(-1, 3, self.config.size, self.config.size)
 
     def _hot_images(self, ids: np.ndarray) -> list[bytes]:
         """Encoded images by id, from the row groups that hold them."""
-        return read_rows(self.streams.folder, self.streams.row_index.get(), ids)
+        return rows.read_rows(self.streams.folder, self.indices["train"], ids)
+
+
+def in_flight(begun: Iterator[Callable]) -> Iterator:
+    """What the waiting functions give, in order, while the work of the next ones goes on."""
+    ahead: deque[Callable] = deque()
+    for one in begun:
+        ahead.append(one)
+        if len(ahead) > IN_FLIGHT:
+            yield ahead.popleft()()
+    while ahead:
+        yield ahead.popleft()()
+
+
+def sizes_of(payload: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths of encoded images, int64; 1 where it cannot be told."""
+    shapes = np.ones((len(payload), 2), np.int64)
+    for row, data in enumerate(payload):
+        with contextlib.suppress(UnreadableImage):
+            shapes[row] = image_size(data)
+    return shapes[:, 0], shapes[:, 1]
+
+
+def _no_longer_readable(image_id: int) -> RunError:
+    return RunError(f"image_id {image_id} can no longer be read; the shards changed under the run")
+
+
+def _only(table: pa.Table, wanted: np.ndarray) -> pa.Table:
+    """Rows whose image_id is wanted, bool (N,)."""
+    mask = wanted[table["image_id"].to_numpy()]
+    return table if mask.all() else table.filter(pa.array(mask))
+
+
+def _joined(tables: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Tables of at least so many rows, but for the last."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(map(len, held)) >= num_rows:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _each(tables: Iterator[pa.Table]) -> Iterator[tuple[int, int, bytes]]:
+    for table in tables:
+        payload = table["crop" if "crop" in table.column_names else "image"]
+        yield from zip(table["image_id"].to_pylist(), table["draw"].to_pylist(), payload.to_pylist(), strict=True)
 
 
 class PartlyCached:
@@ -385,70 +501,25 @@ class PartlyCached:
 
 
 def mixed(rows: Iterator, batch_size: int, buffer_size: int, seed: int) -> Iterator[list]:
-    """Whole batches of rows taken at random from a bounded buffer of encoded images."""
+    """Whole batches of rows taken at random from a bounded buffer, which grows while the first of them leave."""
     random = np.random.default_rng(derive(seed, "buffer"))
     buffer: list = []
+    kept = min(batch_size, buffer_size)
     for row in rows:
         buffer.append(row)
-        if len(buffer) >= buffer_size + batch_size:
-            yield [_pop(buffer, random) for _ in range(batch_size)]
+        if len(buffer) >= kept + batch_size:
+            yield _pop(buffer, batch_size, random)
+            kept = min(kept + batch_size, buffer_size)
     while len(buffer) >= batch_size:
-        yield [_pop(buffer, random) for _ in range(batch_size)]
+        yield _pop(buffer, batch_size, random)
     if buffer:
         raise RunError(f"the stream ended {len(buffer)} draws into a batch; the shards changed under the run")
 
 
-def _pop(buffer: list, random: np.random.Generator):
-    position = int(random.integers(len(buffer)))
-    buffer[position], buffer[-1] = buffer[-1], buffer[position]
-    return buffer.pop()
-
-
-# --- reading some rows again --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class RowIndex:
-    """Where each image_id of the train split is: file number, row group, and row in it."""
-
-    paths: list[str]
-    file: np.ndarray
-    group: np.ndarray
-    row: np.ndarray
-
-
-def _row_index(folder: Folder, manifest: Manifest) -> RowIndex:
-    num, paths = manifest.splits["train"].rows, shards.shard_paths(folder, manifest, "train")
-    file, group, row = np.zeros(num, np.int32), np.zeros(num, np.int32), np.zeros(num, np.int32)
-
-    def read(path: str) -> tuple[np.ndarray, list[int]]:
-        parquet = pq.ParquetFile(path, filesystem=folder.fs)
-        lengths = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
-        return parquet.read(columns=["image_id"])["image_id"].to_numpy(), lengths
-
-    with ThreadPoolExecutor(READERS) as pool:
-        for number, (ids, lengths) in enumerate(pool.map(read, paths)):
-            file[ids] = number
-            group[ids] = np.repeat(np.arange(len(lengths)), lengths)
-            row[ids] = np.concatenate([np.arange(length) for length in lengths])
-    return RowIndex(paths, file, group, row)
-
-
-def read_rows(folder: Folder, index: RowIndex, ids: np.ndarray) -> list[bytes]:
-    """The encoded images of ``ids``, in their order, reading only the row groups that hold one."""
-
-    def read(number: int) -> dict[int, bytes]:
-        found: dict[int, bytes] = {}
-        parquet = pq.ParquetFile(index.paths[number], filesystem=folder.fs)
-        here = ids[index.file[ids] == number]
-        for group in np.unique(index.group[here]):
-            wanted = here[index.group[here] == group]
-            column = parquet.read_row_group(int(group), columns=["image"])["image"]
-            found.update(zip(wanted.tolist(), column.take(pa.array(index.row[wanted])).to_pylist(), strict=True))
-        return found
-
-    everything: dict[int, bytes] = {}
-    with ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(read, np.unique(index.file[ids])):
-            everything |= found
-    return [everything[i] for i in ids.tolist()]
+def _pop(buffer: list, num: int, random: np.random.Generator) -> list:
+    """So many rows at random; the last ones move into their places."""
+    taken = []
+    for position in random.integers(len(buffer) - np.arange(num)).tolist():
+        buffer[position], buffer[-1] = buffer[-1], buffer[position]
+        taken.append(buffer.pop())
+    return taken

@@ -80,14 +80,14 @@ def loop(job: Job) -> list[tuple[float, float]]:
 
 
 def in_a_worker(loop: Callable, config: Config, **extras):
-    """What ``loop(job)`` gives in a Ray Train worker, with cached images and the bank's actor."""
+    """What ``loop(job)`` gives in a Ray Train worker, with the bank's actor."""
     with tempfile.TemporaryDirectory() as scratch:
         config = replace(config, run_dir=scratch, probe=replace(config.probe, every=0, num_images=1000, baselines=False))
         run_dir = Folder(scratch)
         launch.attach(config.num_workers + launch.SPARE_CPUS)
         data, manifest = prepare.open_data(config, run_dir)
         config = prepare.settle(config, None, run_dir, data, manifest)
-        streams = stream.open_streams(config, data, manifest, cached=True, local=False)
+        streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=False)
         bank = family.make_bank(config, streams.sizes["train"], local=False)
         extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), **extras}
         board = Remote(launch.Board, local=False, num_cpus=0)

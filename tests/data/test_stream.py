@@ -10,8 +10,9 @@ import pytest
 
 from raydc.clustering.sampling import SamplingPlan, uniform_plan
 from raydc.config import RunError
-from raydc.data import ingest, shards, stream
-from raydc.data.stream import PlanBoard, draw_rows, mixed, plan_travel, read_rows
+from raydc.data import ingest, shards
+from raydc.data.rows import HEAD_ROWS, RowIndex, head_rows, index_rows, plan_heads, read_rows
+from raydc.data.stream import PlanBoard, draw_rows, mixed, own_counts, plan_travel
 from raydc.launch import Remote, Shared
 from raydc.storage import Folder
 
@@ -29,10 +30,10 @@ def image_of(image_id: int) -> bytes:
     return b"image %d" % image_id
 
 
-def streamed(plan: SamplingPlan, epoch: int, batch_size: int, rows_per_block: int = 1000) -> list[list[tuple]]:
-    """Batches as one worker sees them, rows read in a random order of blocks."""
+def streamed(plan: SamplingPlan, epoch: int, batch_size: int, rows_per_block: int = 1000, heads=()) -> list[list[tuple]]:
+    """Batches as one worker sees them, rows read in a random order of blocks; without the ``heads``."""
     plans = Remote(PlanBoard, local=True)
-    travel = plan_travel(plan, batch_size, epoch, lambda ids: [image_of(i) for i in ids])
+    travel = plan_travel(plan, batch_size, epoch, lambda ids: [image_of(i) for i in ids], heads)
     plans.publish([Shared(travel, local=True)])
     order = np.random.default_rng(epoch).permutation(len(plan.counts))
 
@@ -85,4 +86,67 @@ def test_rows_are_read_again_by_image_id(tmp_path):
     table = shards.read_columns(folder, manifest, "train", ["image_id", "image"])
     by_id = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
     ids = np.array([700, 3, 1200, 4])
-    assert read_rows(folder, stream._row_index(folder, manifest), ids) == [by_id[i] for i in ids.tolist()]
+    assert read_rows(folder, index_rows(folder, manifest, "train"), ids) == [by_id[i] for i in ids.tolist()]
+
+
+def an_index(num: int, num_groups: int) -> RowIndex:
+    """Rows in a random order, in groups of unequal sizes."""
+    random = np.random.default_rng(1)
+    ids = random.permutation(num).astype(np.int32)
+    ends = np.append(np.sort(random.choice(np.arange(1, num), num_groups - 1, replace=False)), num)
+    return RowIndex([], ids, np.argsort(ids).astype(np.int32), ends, np.zeros(num_groups, np.int32), np.arange(num_groups))
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_heads_and_the_stream_give_every_draw_once_and_every_rank_as_many(world_size):
+    """Also of images whose draws are parted between the two."""
+    drawn, part = np.random.default_rng(0).integers(0, 4, NUM).astype(np.int32), BATCH // world_size
+    drawn[:3] = 100  # drawn often
+    drawn[np.flatnonzero(drawn == 3)[: drawn.sum() % BATCH]] = 2
+    plan = SamplingPlan(drawn, seed=3)
+    counts = own_counts(plan, BATCH)
+    heads = plan_heads(counts, an_index(NUM, 800), world_size, part, seed=7)
+    taken = [int(head.draws.sum()) for head in heads]
+    assert len(set(taken)) == 1 and taken[0] % part == 0 and 0.5 * HEAD_ROWS < sum(taken) <= plan.num_draws / 4
+    assert any(((head.draws > 0) & (head.draws < counts[head.image_ids])).any() for head in heads), "an image is parted"
+    assert len(np.unique(np.concatenate([head.image_ids for head in heads]))) == sum(len(head.image_ids) for head in heads)
+    ids = np.concatenate([np.repeat(head.image_ids, head.draws) for head in heads])
+    first = np.concatenate([np.repeat(counts[head.image_ids] - head.draws, head.draws) for head in heads])
+    within = np.concatenate([np.arange(n) for head in heads for n in head.draws.tolist()])
+    left = [(image_id, draw) for batch in streamed(plan, 1, BATCH, heads=heads) for image_id, draw, _ in batch]
+    left += zip(ids.tolist(), (first + within).tolist(), strict=True)
+    assert sorted(left) == sorted(zip(*(column.tolist() for column in plan.draws()), strict=True))
+
+
+@pytest.mark.parametrize(("num", "num_groups", "world_size"), [(30, 1, 1), (300, 7, 2), (300, 300, 8)])
+def test_a_small_set_has_a_small_head_or_none(num, num_groups, world_size):
+    plan = uniform_plan(np.arange(num, dtype=np.int32) % 3, 3, num // 16 * 16 * 16, seed=0)
+    heads = plan_heads(own_counts(plan, 16), an_index(num, num_groups), world_size, 16 // world_size, seed=0)
+    taken = sum(int(head.draws.sum()) for head in heads)
+    assert len(heads) == world_size and taken % 16 == 0 and taken <= plan.num_draws / 4
+
+
+def test_the_rows_of_a_head_are_its_images_own(tmp_path):
+    ingest.make_shards("digits", str(tmp_path), use_ray=False, progress=False)
+    folder = Folder(str(tmp_path))
+    manifest = shards.open_manifest(folder)
+    table = shards.read_columns(folder, manifest, "train", ["image_id", "image"])
+    by_id = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    index = index_rows(folder, manifest, "train")
+    counts = np.random.default_rng(0).integers(0, 4, table.num_rows)
+    (head,) = plan_heads(counts, index, 1, 64, seed=2)
+    found = [row for part in head_rows(folder, index, head, counts) for row in part.to_pylist()]
+    assert len(found) == head.draws.sum() > 0
+    assert all(row["image"] == by_id[row["image_id"]] and 0 <= row["draw"] < counts[row["image_id"]] for row in found)
+
+
+def test_batches_leave_before_the_buffer_is_full_and_are_mixed_later():
+    """The first one as soon as two are there; afterwards the buffer grows by a row for each that leaves."""
+    taken = iter(range(100_000))
+    batches = mixed(((i, 0, b"") for i in taken), 100, 1000, 0)
+    ends = []
+    for _ in range(30):
+        next(batches)
+        ends.append(next(taken))  # (the row that is lost here is of no account)
+    assert ends[0] == 200 and ends[1] - ends[0] == 201 and ends[-1] - ends[-2] == 101
+    assert ends[-1] <= 30 * 100 + 1000 + 30

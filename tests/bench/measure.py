@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,35 @@ def in_turns(first: Callable, second: Callable, repeats: int = 3) -> list[tuple[
 def median_ratio(pairs: list[tuple[float, float]]) -> float:
     """Median over the pairs of first / second."""
     return statistics.median(first / second for first, second in pairs)
+
+
+class Rivals:
+    """Processes that say they are ready, and from then on answer each line with a number."""
+
+    def __init__(self, commands: list[list[str]]) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.processes = [subprocess.Popen([sys.executable, *command], **pipes) for command in commands]
+        for process in self.processes:
+            process.stdout.readline()
+
+    def ask(self) -> list[float]:
+        """The answer of each, while all of them work."""
+        for process in self.processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return [float(process.stdout.readline()) for process in self.processes]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+            process.wait()
+
+
+def answer(work: Callable[[], float]) -> None:
+    """The other side of ``Rivals``."""
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(work(), flush=True)
 
 
 def row(name: str, value: float, must: float, aim: float, quality: dict | None, *, least: bool = True) -> dict:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from decode import ours as decode_and_crop
 from epoch import in_a_worker
-from measure import finish, parser, row
+from measure import Rivals, answer, finish, parser, row
 from torchvision.transforms import RandomResizedCrop
 
 from raydc import make_shards
@@ -40,40 +39,20 @@ SAMPLE = 1500  # images of a tight loop
 
 
 def tight(files: list[str]) -> None:
-    """A process of the rival: a line on standard input starts it, its images a second are the answer."""
+    """A process of the rival: images a second."""
     torch.set_num_threads(1)
     images = [Path(file).read_bytes() for file in files]
     torch.manual_seed(0)
     sizes = [decode(data).shape[:2] for data in images]
     boxes = [RandomResizedCrop.get_params(torch.empty(3, *size), [0.08, 1.0], [3 / 4, 4 / 3]) for size in sizes]
-    print("ready", flush=True)
-    for _ in sys.stdin:
+
+    def rate() -> float:
         began = time.perf_counter()
         for data, box in zip(images, boxes, strict=True):
             decode_and_crop(data, box)
-        print(len(images) / (time.perf_counter() - began), flush=True)
+        return len(images) / (time.perf_counter() - began)
 
-
-class TightLoops:
-    """One process a CPU; ``rate()`` is what they do together, images a second."""
-
-    def __init__(self, files: list[str], cpus: int) -> None:
-        command = [sys.executable, __file__, "--tight"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.processes = [subprocess.Popen([*command, *files[number::cpus]], **pipes) for number in range(cpus)]
-        for process in self.processes:
-            process.stdout.readline()
-
-    def rate(self) -> float:
-        for process in self.processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return sum(float(process.stdout.readline()) for process in self.processes)
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.stdin.close()
-            process.wait()
+    answer(rate)
 
 
 def taken(batches) -> tuple[float, float, int]:
@@ -88,16 +67,17 @@ def taken(batches) -> tuple[float, float, int]:
 def loop(job: Job) -> list[dict]:
     """An epoch's two passes and the tight loops, in turns."""
     run, found = Run(job), []
-    num, rival = run.sizes["train"], TightLoops(job.extras["files"], job.config.train.threads)
+    num, cpus = run.sizes["train"], job.config.train.threads
+    rivals = Rivals([[__file__, "--tight", *job.extras["files"][cpu::cpus]] for cpu in range(cpus)])
     for epoch in range(job.extras["repeats"] + 1):
         extract = taken(run.prefetched(run.images.extract("train")))
         assert extract[2] == num
         plan = uniform_plan(np.arange(num, dtype=np.int32) % K, K, plan_length(num, 1.0, BATCH), derive(0, "plan", epoch))
         train = taken(run.prefetched(run.images.train(plan, epoch, BATCH)))
         assert train[2] == plan.num_draws
-        found.append({"extract": extract[:2], "train": train[:2], "tight": rival.rate()})
+        found.append({"extract": extract[:2], "train": train[:2], "tight": sum(rivals.ask())})
         run.worker.say(f"epoch {epoch}: {found[-1]}")
-    rival.close()
+    rivals.close()
     return found[1:]
 
 

@@ -188,8 +188,8 @@ class ClusteringConfig:
     iterations: int = 20
     """Iterations of k-means."""
     engine: Literal["faiss", "auto", "torch"] = "faiss"
-    """Who runs Lloyd's iterations: faiss, torch (scores of 8-bit integers, the last assignment exact), or auto: torch where
-    the CPU's flags and the sizes promise that it is faster."""
+    """Who runs Lloyd's iterations: faiss, torch (scores of 8-bit integers, for features after a PCA), or auto: torch where
+    there is a PCA and the CPU's flags and the sizes promise that it is faster."""
     neighbours: int = 5
     """PIC: neighbours of each image in the graph."""
     sigma: float = 0.2

@@ -126,7 +126,8 @@ class Prefetch:
     def __init__(self, batches: Iterator, depth: int = 2) -> None:
         self.ready: queue.Queue = queue.Queue(depth)
         self.stopped = threading.Event()
-        threading.Thread(target=_fill, args=(batches, self.ready, self.stopped), daemon=True).start()
+        self.thread = threading.Thread(target=_fill, args=(batches, self.ready, self.stopped), daemon=True)
+        self.thread.start()
 
     def __iter__(self) -> Prefetch:
         return self

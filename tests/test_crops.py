@@ -11,7 +11,7 @@ from PIL import Image
 
 from raydc.clustering.sampling import SamplingPlan
 from raydc.config import ClusteringConfig, Config, ImagesConfig, TrainConfig, V2Config
-from raydc.data.cache import CachedImages, Crops, ImageArray
+from raydc.data.cache import CachedImages, Crops, ImageArray, cut, decoders
 from raydc.deepcluster_v2 import num_views, views_of
 from raydc.recipes import in1k_resnet50_dcv2, in1k_resnet50_dcv2_800
 
@@ -165,3 +165,16 @@ def test_two_crops_are_remembered_where_there_are_two(num_crops, sizes, remember
     config = v2(num_crops=num_crops, crop_sizes=(160, 96)[:num], min_scales=(0.08, 0.05)[:num], max_scales=(1.0, 0.14)[:num])
     assert [view.size for view in views_of(config)] == sizes
     assert num_views(config) == remembered
+
+
+def test_a_decoding_thread_keeps_to_one_cpu_whatever_torch_is_told():
+    """Also after its first operation of torch, which sets up the thread with the process's number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with decoders(2) as pool:
+            cut([np.zeros((300, 300, 3), np.uint8)] * 8, np.array([[0, 0, 200, 200]] * 8), None, 224, pool)
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(8))) == [1] * 8
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -1,8 +1,10 @@
 """Lloyd's iterations on integers of 8 bits: most of the cost is the scores of N images with k centroids, and such integers
-are multiplied several times as fast as floats. Sums, the last assignment and distances are exact.
+are multiplied several times as fast as floats. The last assignment is float32's wherever the integers leave a doubt.
 
-Scores are whole numbers, so labels hang neither on the number of threads nor on how a machine multiplies. An image is
-compared again only once the centroids have moved so far that its lead over the second best may be gone (Hamerly 2010).
+That doubt takes the rounding errors of a row's d values as independent, which those of features after a PCA are; where
+many columns say the same (raw features of low rank) some labels and the objective are worse, and faiss is the engine to
+take. Scores are whole numbers, so the labels of an iteration do not hang on the number of threads. An image is compared
+again only once the centroids have moved so far that its lead over the second best may be gone (Hamerly 2010).
 
 B rows, N images, d dimensions, k clusters. Points are less their mean: distances stay what they are.
 """

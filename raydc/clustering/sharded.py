@@ -2,7 +2,8 @@
 
 What travels in an iteration, for each further shard: k centroids to it (float32), k sums (float32) and counts (int32) back,
 8 bytes for each of the k x d numbers and 4 for each cluster. Labels and distances stay beside their features until the last
-assignment is done. Random draws are those that faiss would make, so the outcome is one bank's but for the rounding of sums.
+assignment is done. Random draws are those that faiss would make, so the outcome is one bank's but for the rounding of sums:
+where that decides (the halves of a split, images as near to two centroids) labels may differ.
 
 N images, n of them in a shard, d dimensions, k clusters. Like the bank itself this runs without Ray.
 """

@@ -114,8 +114,13 @@ def _kept(pixels_HWC: np.ndarray, cache_size: int) -> np.ndarray:
 
 def decoders(threads: int) -> ThreadPoolExecutor:
     """Threads that decode and cut, each on one CPU: torch would share out every small operation of theirs among all CPUs
-    and, where these are at work already, take four times as long."""
-    return ThreadPoolExecutor(threads, initializer=lambda: threadpool_limits(1, user_api="openmp"))
+    and, where these are at work already, take several times as long."""
+
+    def alone() -> None:
+        torch.get_num_threads()  # what torch sets up in a new thread would undo the limit if it came later
+        threadpool_limits(1, user_api="openmp")
+
+    return ThreadPoolExecutor(threads, initializer=alone)
 
 
 def cut(images: list[np.ndarray], boxes: np.ndarray, flips, size: int, pool: ThreadPoolExecutor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -207,8 +208,9 @@ class Travel:
 
 
 def own_counts(plan: SamplingPlan, batch_size: int) -> np.ndarray:
-    """Draws of each image that leave together, none of images that are drawn often."""
-    return np.where(plan.counts > max(1, int(TOGETHER * batch_size)), 0, plan.counts)
+    """Draws of each image that leave together, none of images that are drawn often (and more often than most)."""
+    mean = plan.num_draws // max(1, np.count_nonzero(plan.counts))
+    return np.where(plan.counts > max(int(TOGETHER * batch_size), 2 * mean), 0, plan.counts)
 
 
 def plan_travel(plan: SamplingPlan, batch_size: int, seed: int, hot_images, heads: Sequence[Head] = ()) -> Travel:
@@ -312,6 +314,7 @@ class StreamedImages:
         self.streams, self.worker, self.config = streams, worker, streams.config.images
         self.indices = streams.row_index.get() if streams.row_index else {}
         self.unreadable: dict[str, list[int]] = {}
+        self.reading: dict[str, tuple[threading.Event, threading.Thread]] = {}
         self.pool = cache.decoders(threads)
 
     def extract(self, split: str, image_ids: np.ndarray | None = None) -> Iterator:
@@ -326,8 +329,7 @@ class StreamedImages:
 
     def _extract_tables(self, split: str) -> Iterator[pa.Table]:
         """First the rows that this rank reads itself, then the stream's but for those that any rank reads itself."""
-        shard = ray.train.get_dataset_shard("extract" if split == "train" else split)
-        stream = Prefetch(shard.iter_batches(batch_size=EXTRACT_BATCH, batch_format="pyarrow", prefetch_batches=2))
+        stream = self._stream("extract" if split == "train" else split)
         index = self.indices.get(split)
         if index is None:
             return stream
@@ -339,6 +341,17 @@ class StreamedImages:
         images = rows.read_groups(self.streams.folder, index, mine)
         head = ({"image_id": index.ids_of(group), "image": column} for group, column in zip(mine, images, strict=False))
         return itertools.chain(_joined(map(pa.table, head), EXTRACT_BATCH), (_only(table, outside) for table in stream))
+
+    def _stream(self, view: str) -> Prefetch:
+        """Tables of a pass, which begins at once."""
+        if view in self.reading:  # a pass that was given up: its end, if it came later, would be taken for this one's
+            stopped, thread = self.reading[view]
+            stopped.set()
+            thread.join()
+        shard = ray.train.get_dataset_shard(view)
+        tables = Prefetch(shard.iter_batches(batch_size=EXTRACT_BATCH, batch_format="pyarrow", prefetch_batches=2))
+        self.reading[view] = tables.stopped, tables.thread
+        return tables
 
     def _extracted(self, split: str, tables: Iterator[pa.Table]) -> Iterator:
         def begun() -> Iterator[Callable]:
@@ -380,8 +393,7 @@ class StreamedImages:
             travel = plan_travel(plan, batch_size, seed, self._hot_images, heads)
             self.streams.plans.publish([Shared(travel, local=False)])
         self.worker.barrier()  # a plan is in force before anybody's reading begins
-        shard = ray.train.get_dataset_shard("train")
-        stream = Prefetch(shard.iter_batches(batch_size=256, batch_format="pyarrow", prefetch_batches=2))
+        stream = self._stream("train")
         head = rows.head_rows(self.streams.folder, index, heads[self.worker.rank], counts)
         if decode_in_tasks(self.streams.config):
             head = (cut_table(table, self.config, seed) for table in head)

@@ -120,10 +120,11 @@ def test_the_heads_and_the_stream_give_every_draw_once_and_every_rank_as_many(wo
 
 @pytest.mark.parametrize(("num", "num_groups", "world_size"), [(30, 1, 1), (300, 7, 2), (300, 300, 8)])
 def test_a_small_set_has_a_small_head_or_none(num, num_groups, world_size):
-    plan = uniform_plan(np.arange(num, dtype=np.int32) % 3, 3, num // 16 * 16 * 16, seed=0)
+    plan = uniform_plan(np.arange(num, dtype=np.int32) % 3, 3, num // 16 * 16, seed=0)
     heads = plan_heads(own_counts(plan, 16), an_index(num, num_groups), world_size, 16 // world_size, seed=0)
     taken = sum(int(head.draws.sum()) for head in heads)
     assert len(heads) == world_size and taken % 16 == 0 and taken <= plan.num_draws / 4
+    assert (taken > 0) == (num_groups == 300)
 
 
 def test_the_rows_of_a_head_are_its_images_own(tmp_path):
@@ -150,3 +151,11 @@ def test_batches_leave_before_the_buffer_is_full_and_are_mixed_later():
         ends.append(next(taken))  # (the row that is lost here is of no account)
     assert ends[0] == 200 and ends[1] - ends[0] == 201 and ends[-1] - ends[-2] == 101
     assert ends[-1] <= 30 * 100 + 1000 + 30
+
+
+@pytest.mark.parametrize("batch_size", [32, 64, 96, 256])
+def test_few_images_travel_where_all_are_drawn_several_times(batch_size):
+    """Also with small batches, of which the share for one image is none: those drawn like most leave with their own row."""
+    plan = uniform_plan(five_percent_singletons(), K, 2 * NUM // 768 * 768, seed=3)
+    own = own_counts(plan, batch_size)
+    assert (own < plan.counts).sum() == 20, "the singletons"

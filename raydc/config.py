@@ -431,6 +431,18 @@ class Config:
             self.train.batch_size % workers == 0,
             f"train.batch_size {self.train.batch_size} is not a multiple of num_workers {workers}; change one of them",
         )
+        self._check_micro_batch()
+
+    def _check_micro_batch(self) -> None:
+        """The layers over the backbone of DeepCluster-v2 and ODC have BatchNorm, which one feature alone tells nothing."""
+        part = self.train.batch_size // max(1, self.num_workers)
+        piece = min(part, self.train.micro_batch or part)
+        crops = sum(self.v2.num_crops) if self.algorithm == "deepcluster_v2" else 1
+        check(
+            self.algorithm == "deepcluster" or crops > 1 or (piece > 1 and part % piece != 1),
+            f"algorithm {self.algorithm} needs 2 images at once or more, and train.micro_batch {self.train.micro_batch} "
+            f"leaves one of the {part} that train.batch_size {self.train.batch_size} gives a worker; change one of them",
+        )
 
     def _check_algorithm(self) -> None:
         """Choices that an algorithm or a network leaves no freedom in; a UsageError names both fields."""
@@ -452,6 +464,11 @@ class Config:
         check(
             self.clustering.method != "pic" or not self.train.compile,
             "clustering.method pic changes the head in every epoch, which train.compile cannot follow; give one of them",
+        )
+        check(
+            self.clustering.method != "pic" or self.clustering.engine == "faiss",
+            f"clustering.method pic has no use for clustering.engine {self.clustering.engine}, which runs k-means; "
+            "give faiss or another method",
         )
         for name, fitting in (("method", ("kmeans", "spherical")), ("features", ("fresh",)), ("engine", ("faiss",))):
             value = getattr(self.clustering, name)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydc import training
+from raydc import checkpoint, training
 from raydc.clustering.assignment import Assignment
 from raydc.clustering.sampling import cluster_weights
-from raydc.config import Config
+from raydc.config import Config, RunError
 from raydc.deepcluster import again_if_lost, cluster, fill, finish, from_memory, make_plan, recall, report
 from raydc.launch import Job
 from raydc.measure import adapt, probe_alone
@@ -89,6 +89,11 @@ def labels_in_force(run: Run, epoch: int) -> Assignment:
     if run.has_memory:
         recall(run, epoch)
         return cluster(run, epoch, lambda digest, _: run.bank.online_assignment(epoch, digest))
+    if epoch > 0:
+        raise RunError(
+            f"{run.folder.uri}/{checkpoint.memory_file(epoch - 1)} is missing, and the labels of odc with it; give another "
+            "--run-dir"
+        )
     assignment = again_if_lost(run, epoch, lambda: first_clustering(run, epoch))
     run.model.head.refresh(derive(run.config.seed, "head", epoch))
     labels = None

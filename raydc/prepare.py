@@ -62,7 +62,9 @@ def check_images(config: Config, written: dict | None, run_dir: Folder, data: Fo
     k, num_images = config.clustering.num_clusters, manifest.splits["train"].rows
     if k > num_images and config.clustering.method != "pic":
         raise UsageError(f"clustering.num_clusters {k} is above the number of images {num_images}; lower it")
-
+    neighbours = config.clustering.neighbours
+    if config.clustering.method == "pic" and neighbours >= num_images:
+        raise UsageError(f"clustering.neighbours {neighbours} is not below the number of images {num_images}; lower it")
     if config.algorithm == "odc" and config.odc.min_cluster * k > num_images:
         raise UsageError(
             f"{num_images} images make {k} clusters smaller than odc.min_cluster {config.odc.min_cluster}; lower it or "

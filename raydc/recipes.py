@@ -265,7 +265,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     )
 }
 
-# What each follows; where it departs from it, the recipe's own comments say why.
+# What each follows; README ("The family") lists where they depart from it.
 SOURCES = {
     "digits": "ours",
     "cifar10_resnet18": "ours, after the paper",

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_resume import Killed, die_at, journal
 from tiny import assert_same_assignments, assignments, tiny
 
-from raydc import checkpoint, family, training
+from raydc import checkpoint, deepcluster, deepcluster_v2, family, odc, training
 from raydc.clustering.bank import FeatureBank
+from raydc.clustering.matching import match
+from raydc.clustering.sampling import cluster_weights
 from raydc.config import RunError, UsageError
+from raydc.models.norm import batchnorms
 from raydc.recipes import RAW, SPHERICAL
 from raydc.storage import Folder
 
@@ -128,8 +132,124 @@ def test_training_sees_the_labels_of_its_epoch(tmp_path, monkeypatch, name):
     assert (first != second).mean() > 0.3, "the labels did change"
     for epoch, image_ids, labels in seen:
         crops = len(labels[0]) // len(image_ids)
-        expected = committed[f"epoch_{epoch:04d}"][0][image_ids]
-        np.testing.assert_array_equal(labels[0], np.tile(expected, crops))
+        for head, of_head in enumerate(labels):
+            expected = committed[stem(epoch, head)][0][image_ids]
+            np.testing.assert_array_equal(of_head, np.tile(expected, crops))
+
+
+def stem(epoch: int, head: int) -> str:
+    return f"epoch_{epoch:04d}" + (f"_{head}" if head else "")
+
+
+def test_heads_of_v2_are_the_centroids_of_their_own_crop(tmp_path, monkeypatch):
+    heads, views, real_reassign, real_cluster = [], [], deepcluster_v2.reassign, FeatureBank.cluster_memory
+
+    def reassign(run, assignments):
+        real_reassign(run, assignments)
+        heads.append(run.model.centroids.numpy().copy())
+
+    def cluster_memory(bank, view, *args):
+        views.append(view)
+        return real_cluster(bank, view, *args)
+
+    monkeypatch.setattr(deepcluster_v2, "reassign", reassign)
+    monkeypatch.setattr(FeatureBank, "cluster_memory", cluster_memory)
+    family.pretrain(config(tmp_path, "DeepCluster-v2"))
+    assert views == [1, 0] * (EPOCHS + 1), "the last head first, head h of crop h"
+    for epoch, centroids in enumerate(heads):
+        files = [checkpoint.load_assignment(Folder(str(tmp_path)), epoch, part=head) for head in (0, 1)]
+        assert not np.array_equal(files[0].centroids, files[1].centroids)
+        for head, file in enumerate(files):
+            np.testing.assert_array_equal(centroids[head], file.centroids)
+
+
+def test_a_matched_head_goes_on_with_the_weights_and_momentum_of_its_cluster(tmp_path, monkeypatch):
+    real, checked = deepcluster.reassign, []
+
+    def held(run) -> list[np.ndarray]:
+        weight = run.model.head.weight
+        return [weight.detach().numpy().copy(), run.state.optimizer.state[weight]["momentum_buffer"].numpy().copy()]
+
+    def reassign(run, assignment):
+        if assignment.epoch == 0:
+            return real(run, assignment)
+        before, previous = held(run), run.previous(assignment.epoch)
+        real(run, assignment)
+        k = assignment.num_clusters
+        source = match(previous.pseudo_labels, assignment.pseudo_labels, k, k)
+        assert (source != np.arange(k)).any() and (source >= 0).sum() > k / 2
+        for old, new in zip(before, held(run), strict=True):
+            np.testing.assert_array_equal(new[source >= 0], old[source[source >= 0]])
+        assert (held(run)[1][source < 0] == 0).all() and np.abs(before[1]).max() > 0
+        checked.append(assignment.epoch)
+
+    monkeypatch.setattr(deepcluster, "reassign", reassign)
+    family.pretrain(config(tmp_path, "matched head, momentum"))
+    assert checked == list(range(1, EPOCHS))
+
+
+def test_each_step_of_odc_trains_on_what_the_step_before_left(tmp_path, monkeypatch):
+    """Labels, and weights by the clusters' sizes, against a replay of what the bank answered."""
+    labels, checked, ids_of_step = np.empty(0), [], []
+    real = {name: getattr(FeatureBank, name) for name in ("open_online", "update_online")}
+    real_entropy, real_pass = training.cross_entropy, training.run_batches
+
+    def open_online(bank, *args):
+        nonlocal labels
+        labels = real["open_online"](bank, *args).copy()
+        return labels.copy()
+
+    def update_online(bank, *args):
+        ids, new = real["update_online"](bank, *args)
+        labels[ids] = new
+        checked.append(len(ids))
+        return ids, new
+
+    def watched_pass(model, batches, loss_of, *args, **how):
+        def watched_loss(image_ids, images):
+            ids_of_step.append(image_ids)
+            return loss_of(image_ids, images)
+
+        return real_pass(model, batches, watched_loss, *args, **how)
+
+    def entropy(scores, targets, weights):
+        np.testing.assert_array_equal(targets.numpy(), labels[ids_of_step[-1]])
+        sizes = np.bincount(labels, minlength=scores.shape[1])
+        np.testing.assert_allclose(weights.numpy(), cluster_weights(sizes, 0.5), rtol=1e-6)
+        return real_entropy(scores, targets, weights)
+
+    monkeypatch.setattr(FeatureBank, "open_online", open_online)
+    monkeypatch.setattr(FeatureBank, "update_online", update_online)
+    monkeypatch.setattr(training, "run_batches", watched_pass)
+    monkeypatch.setattr(training, "cross_entropy", entropy)
+    family.pretrain(config(tmp_path, "ODC"))
+    assert len(checked) == EPOCHS * STEPS and sum(checked) > 100, "labels did change"
+
+
+def test_the_first_memory_of_odc_is_of_the_datas_statistics(tmp_path, monkeypatch):
+    real, means = odc.fill, []
+
+    def fill(run, epoch):
+        means.append(max(float(norm.running_mean.abs().max()) for norm in batchnorms(run.model)))
+        real(run, epoch)
+
+    monkeypatch.setattr(odc, "fill", fill)
+    family.pretrain(config(tmp_path, "ODC"))
+    assert means[0] > 0.01, "untouched means are 0"
+
+
+def test_odc_without_its_memory_is_one_sentence_and_harms_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        die_at(patch, training, "_one_step", STEPS + 6)
+        with pytest.raises(Killed):
+            family.pretrain(config(tmp_path, "ODC"))
+    (tmp_path / checkpoint.memory_file(0)).unlink()
+    before = (tmp_path / "backbone.safetensors").read_bytes()
+    with pytest.raises(
+        RunError, match=r"memory\.safetensors is missing, and the labels of odc with it; give another --run-dir"
+    ):
+        family.pretrain(config(tmp_path, "ODC"))
+    assert (tmp_path / "backbone.safetensors").read_bytes() == before
 
 
 def test_odc_changes_labels_while_it_trains_and_keeps_no_small_cluster(unbroken):
@@ -206,7 +326,9 @@ def test_a_memory_that_misses_images_is_filled_by_an_extraction(tmp_path, monkey
 
 def test_pic_reports_clusters_of_its_own_number(unbroken):
     found = [line["num_clusters"] for line in journal(unbroken("PIC")) if line["phase"] == "cluster"]
-    assert len(set(found)) > 1, "each graph has its own number of clusters, and the head follows"
+    assert len(set(found)) > 1, "each graph has its own number of clusters"
+    last = torch.load(unbroken("PIC") / f"checkpoints/epoch_{EPOCHS - 1:04d}/state.pt", weights_only=True)
+    assert len(last["model"]["head.weight"]) == found[EPOCHS - 1], "and the head follows"
 
 
 @pytest.mark.parametrize("sigma", [0.001, 100.0])

@@ -51,19 +51,31 @@ def equalise_statistics(model: nn.Module, weight: float = 1.0) -> None:
 
 @torch.no_grad()
 def adapt_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Replace the running statistics by the average over ``batches`` of pixels; no weight changes."""
+    """Replace the running statistics by the average over ``batches`` of pixels; no weight changes.
+
+    Each rank by itself, also where BatchNorm is SyncBN, which would wait for the batches of ranks that have fewer.
+    """
     norms = batchnorms(model)
-    momenta = [norm.momentum for norm in norms]
+    kinds, momenta = [type(norm) for norm in norms], [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: a cumulative average
+        if isinstance(norm, nn.SyncBatchNorm):
+            norm.__class__ = _OwnBatchNorm
     was_training = model.training
     model.train()
     for pixels in batches:
         model(pixels)
     model.train(was_training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm, kind, momentum in zip(norms, kinds, momenta, strict=True):
+        norm.__class__, norm.momentum = kind, momentum
+
+
+class _OwnBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What a SyncBN is on one rank alone, for inputs of any number of dimensions."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
 
 
 def folded(model: nn.Module) -> nn.Module:

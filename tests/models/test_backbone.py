@@ -1,5 +1,6 @@
 """The backbone against torchvision's own networks, and the facts of protocols 1a, 1b and 12."""
 
+import copy
 import math
 
 import numpy as np
@@ -255,6 +256,21 @@ def test_adapted_statistics_are_the_batches_mean_and_variance(photos):
     assert np.allclose(model[0].running_var, np.mean([row.var(1, ddof=1) for row in rows], 0))
     assert not model.training and model[0].momentum == 0.1
     assert (model[0].weight == 1).all() and (model[0].bias == 0).all()
+
+
+def test_ranks_adapt_each_by_itself_also_where_batchnorm_is_synchronised(photos):
+    """A rank that has fewer batches than another would leave it waiting in SyncBN."""
+    plain = build_backbone(ModelConfig(architecture="resnet10", width=8), 2)
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    kinds, seen = [type(module) for module in synced.modules()], []
+    for module in synced.modules():
+        module.register_forward_hook(lambda module, *_: seen.append(type(module)))
+    for model in (plain, synced):
+        adapt_statistics(model, [photos, photos.flip(3)])
+    assert len(seen) > 20 and torch.nn.SyncBatchNorm not in seen
+    assert [type(module) for module in synced.modules()] == kinds and torch.nn.SyncBatchNorm in kinds
+    for one, other in zip(plain.buffers(), synced.buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_adapting_makes_the_stem_standard_on_those_images(photos):

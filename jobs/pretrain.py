@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         arguments,
         default=Fields(**_values(RECIPES[name]())),
         prog="pretrain.py [RECIPE]",
-        description=HELP + "\n".join(f"  {recipe:<21}{make.__doc__}" for recipe, make in RECIPES.items()),
+        description=HELP + "\n".join(f"  {recipe:<24}{make.__doc__.splitlines()[0]}" for recipe, make in RECIPES.items()),
         names=RECIPES,
     )
     return Config(**_values(fields))

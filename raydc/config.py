@@ -180,9 +180,11 @@ class ClusteringConfig:
     start: Literal["cold", "warm"] = "cold"
     """Where k-means begins: at random images, or at the means of today's features under the last labels."""
     num_clusters: int = 0
-    """k; 0 takes num_images // 128 (10,000 on ImageNet, as in the paper). Not the number of classes: far more."""
+    """k; 0 takes num_images // 128 (10,000 on ImageNet, as in the paper). Not the number of classes: far more. PIC finds
+    its own."""
     pca_dim: int = 256
-    """Dimensions kept by the PCA (at most the feature's); 0: no PCA, the features as they are, at length one."""
+    """Dimensions kept by the PCA (at most the feature's); 0 (with --clustering.no-whiten): no PCA, the features as they
+    are, at length one."""
     whiten: bool = True
     """Divide each kept direction by its standard deviation."""
     iterations: int = 20
@@ -466,9 +468,8 @@ class Config:
             "clustering.method pic changes the head in every epoch, which train.compile cannot follow; give one of them",
         )
         check(
-            self.clustering.method != "pic" or self.clustering.engine == "faiss",
-            f"clustering.method pic has no use for clustering.engine {self.clustering.engine}, which runs k-means; "
-            "give faiss or another method",
+            self.clustering.method != "pic" or self.clustering.engine != "torch",
+            "clustering.method pic has no use for clustering.engine torch, which runs k-means; give faiss or another method",
         )
         for name, fitting in (("method", ("kmeans", "spherical")), ("features", ("fresh",)), ("engine", ("faiss",))):
             value = getattr(self.clustering, name)

@@ -111,6 +111,7 @@ def extract(run: Run, epoch: int) -> str:
     token = run.open_bank()
     clock = Clock()
     ids, features = collect(run, run.model.backbone, run.images.extract("train"), clock, epoch)
+    spent, began = clock.summary(run.worker.sum(clock.images)), time.perf_counter()
     with run.together():
         run.bank.send("add_moments", token, run.worker.rank, moments(features, gram=run.config.clustering.pca_dim > 0))
         run.bank.send("skip", token, run.unreadable("train"))
@@ -123,7 +124,7 @@ def extract(run: Run, epoch: int) -> str:
             push_probe(run, token, "train", ids, features)
         run.bank.flush()
     num_unreadable = round(run.worker.sum(len(run.unreadable("train"))))
-    run.log(epoch, "extract", **clock.summary(run.worker.sum(clock.images)), num_unreadable=num_unreadable)
+    run.log(epoch, "extract", **spent, num_unreadable=num_unreadable, pca_s=round(time.perf_counter() - began, 3))
     return token
 
 
@@ -142,7 +143,8 @@ def cluster(run: Run, epoch: int, ask: Callable, part: int = 0) -> Assignment:
             assignment = ask(digest, None if before is None else before.pseudo_labels)
             spent = {"seconds": round(time.perf_counter() - began, 3), "cpu_s": round(run.bank.cpu_s() - cpu, 2)}
             # Said before it is committed: a start that finds the commit finds the line, one that does not forgets it.
-            run.log(epoch, "cluster", **spent, **run.describe(assignment, part))
+            which = {"head": part} if run.config.algorithm == "deepcluster_v2" else {}
+            run.log(epoch, "cluster", **spent, **run.describe(assignment, part), **which)
             checkpoint.save_assignment(run.folder, assignment, part)
     assignment = run.load_assignment(epoch, digest, part)
     if assignment is None:

@@ -111,6 +111,7 @@ class Pixels(torch.nn.Module):
 def summary(run: Run) -> dict:
     """The facts and figures of a finished run."""
     journal, last = run.journal, run.journal.last
+    probes = ("probe", "probe_untouched", "probe_adapted", "probe_pixels")
     metrics = {"loss": last("train", "loss"), "nmi_previous": last("cluster", "nmi_previous")}
     for key in FIGURES:
         fresh = [value for row in ("untouched", "adapted") if (value := last(f"probe_{row}", key)) is not None]
@@ -128,7 +129,8 @@ def summary(run: Run) -> dict:
         "metrics": metrics,
         "num_empty_clusters": last("cluster", "num_empty_clusters"),
         "phase_s": {phase: round(sum(journal.all(phase, "seconds")), 2) for phase in PHASES}
-        | {"probe": round(sum(journal.all("probe", "seconds")), 2), "start_up": last("start", "seconds")},
+        | {"pca": round(sum(journal.all("extract", "pca_s")), 2)}
+        | {"probe": round(sum(sum(journal.all(one, "seconds")) for one in probes), 2), "start_up": last("start", "seconds")},
         "cpu_s": {phase: round(sum(journal.all(phase, "cpu_s")), 1) for phase in ("extract", "cluster", "train")},
         "images_per_s": {phase: _median(journal.all(phase, "images_per_s")) for phase in ("extract", "train")}
         | {"cluster": _median([run.sizes["train"] / max(s, 1e-3) for s in journal.all("cluster", "seconds")])},

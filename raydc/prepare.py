@@ -8,6 +8,7 @@ import numpy as np
 
 from raydc import config as configs
 from raydc import launch, training
+from raydc.clustering.kmeans import choose_engine
 from raydc.config import Config, UsageError
 from raydc.data import ingest, shards, stream
 from raydc.storage import Folder
@@ -67,8 +68,8 @@ def check_images(config: Config, written: dict | None, run_dir: Folder, data: Fo
         raise UsageError(f"clustering.neighbours {neighbours} is not below the number of images {num_images}; lower it")
     if config.algorithm == "odc" and config.odc.min_cluster * k > num_images:
         raise UsageError(
-            f"{num_images} images make {k} clusters smaller than odc.min_cluster {config.odc.min_cluster}; lower it or "
-            f"clustering.num_clusters"
+            f"{num_images} images make {k} clusters smaller than odc.min_cluster {config.odc.min_cluster}; lower "
+            f"clustering.num_clusters to {num_images // config.odc.min_cluster} or lower odc.min_cluster"
         )
 
 
@@ -108,10 +109,13 @@ def choose(config: Config, data: Folder, manifest) -> Config:
     if not cached and config.num_workers == 0:
         raise UsageError("these images are streamed through Ray, and num_workers 0 runs without it; give --num-workers 1")
     decode = "tasks" if stream.decode_in_tasks(config) else "worker"
+    engine, dim = config.clustering.engine, config.clustering.pca_dim
+    if engine == "auto":  # the torch engine wants the directions of a PCA: raw features may have columns that say the same
+        engine = choose_engine(manifest.splits["train"].rows, dim, k, use_gpu) if dim else "faiss"
     return dataclasses.replace(
         config,
         use_gpu=_yes(use_gpu),
-        clustering=dataclasses.replace(config.clustering, num_clusters=k),
+        clustering=dataclasses.replace(config.clustering, num_clusters=k, engine=engine),
         images=dataclasses.replace(config.images, cache=_yes(cached), decode=decode),
         train=dataclasses.replace(
             config.train,

@@ -66,6 +66,7 @@ class Run:
         order = np.argsort(uniforms(derive(self.config.seed, "probe"), np.arange(self.sizes["train"]))[:, 0], kind="stable")
         self.probe_ids = np.sort(order[: self.config.probe.num_images])
         self.journal = Journal(self.folder) if self.worker.is_first else None
+        self.noted: str | None = None  # what the last clustering was found ill of, which need not be said again
         self.remembers = self.config.clustering.features == "remembered"
         self.first_epoch = self.state.epoch
         self.unreadable_ids: np.ndarray | None = None  # rank 0, where features are remembered
@@ -220,8 +221,11 @@ class Run:
         text = sentence(line, self.config)
         if text:
             self.worker.say(text)
-        if phase == "cluster" and (ill := diagnostics.verdict(values, self.sizes["train"])):
-            self.worker.say(f"  note: {ill}")
+        if phase == "cluster":
+            ill = diagnostics.verdict(values, self.sizes["train"], self.config.clustering.method)
+            if ill and ill != self.noted:
+                self.worker.say(f"  note: {ill}")
+            self.noted = ill
 
     def progress(self, epoch: int, phase: str, images: int) -> None:
         """Images done in the whole run, of those it will send through the network."""

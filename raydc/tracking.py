@@ -53,7 +53,7 @@ class Journal:
 
 def sentence(line: dict, config: Config) -> str | None:
     """A line of the journal as a person reads it."""
-    head = f"epoch {line['epoch']:>3}/{config.train.epochs}  {line['phase']:<8}"
+    head = f"epoch {line['epoch']:>3}/{config.train.epochs}  {line['phase'].partition('_')[0]:<8}"
     if line["phase"] in ("extract", "train"):
         wait = line["waiting_s"] / max(line["seconds"], 1e-9)
         text = f"{head}{line['seconds']:>7.1f} s  {line['images_per_s']:>8,.0f} img/s  waiting {wait:>3.0%}"
@@ -61,15 +61,19 @@ def sentence(line: dict, config: Config) -> str | None:
             text += f"  loss {line['loss']:.3f} (ln k {math.log(line['num_clusters']):.3f})"
         elif line["num_unreadable"]:
             text += f"  {line['num_unreadable']} unreadable"
+        if line.get("pca_s", 0) >= 1:
+            text += f"  then {line['pca_s']:.1f} s of PCA"
         return text
     if line["phase"] == "cluster":
         nmi = f"NMI previous {_figure(line['nmi_previous'])}, labels {_figure(line['nmi_labels'])}"
-        return f"{head}{line['seconds']:>7.1f} s  {line['num_clusters']} clusters, {line['num_empty_clusters']} empty  {nmi}"
+        which = f"head {line['head']}: " if "head" in line else ""
+        counts = f"{line['num_clusters']} clusters, {line['num_empty_clusters']} empty"
+        return f"{head}{line['seconds']:>7.1f} s  {which}{counts}  {nmi}"
     if line["phase"].startswith("probe"):
         row = {"probe": "trained", "probe_untouched": "random init", "probe_adapted": "random init, BN adapted"}
         name = row.get(line["phase"], "raw pixels")
         figures = f"20-NN {_figure(line['knn_top1'])}, linear {_figure(line['linear_top1'])}"
-        return f"epoch {line['epoch']:>3}/{config.train.epochs}  probe   {name:>24}  {figures}"
+        return f"{head}{line['seconds']:>7.1f} s  {name}: {figures}"
     return None
 
 

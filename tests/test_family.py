@@ -295,7 +295,8 @@ def test_odc_starts_again_where_the_bank_lost_its_labels(unbroken, tmp_path, mon
 
 def test_odc_with_clusters_smaller_than_it_keeps_is_refused(tmp_path):
     with pytest.raises(
-        UsageError, match=r"100 clusters smaller than odc\.min_cluster 20; lower it or clustering\.num_clusters"
+        UsageError,
+        match=r"100 clusters smaller than odc\.min_cluster 20; lower clustering\.num_clusters to 71 or lower odc\.min",
     ):
         family.pretrain(config(tmp_path, "ODC", odc={"min_cluster": 20}))
 

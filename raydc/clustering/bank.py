@@ -154,9 +154,7 @@ class FeatureBank:
             start = None
             if config.start == "warm" and previous_labels is not None:
                 start = means(features_nd, previous_labels[rows], config.num_clusters)
-            # The torch engine wants the directions of a PCA; raw features may have columns that say the same.
-            engine = "faiss" if config.engine == "auto" and config.pca_dim == 0 else config.engine
-            where = {"threads": self.threads, "gpu": self.gpu, "engine": engine}
+            where = {"threads": self.threads, "gpu": self.gpu, "engine": config.engine}
             how = {"iterations": config.iterations, "spherical": config.method == "spherical", "start_kd": start}
             result = kmeans(features_nd, config.num_clusters, seed=seed, **how, **where)
         labels = np.full(self.num_images, UNREADABLE, np.int32)

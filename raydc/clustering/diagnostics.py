@@ -53,10 +53,15 @@ def health(assignment: Assignment) -> dict:
     }
 
 
-def verdict(counts: dict, num_images: int) -> str | None:
+def verdict(counts: dict, num_images: int, method: str = "kmeans") -> str | None:
     """One sentence and its remedy where the clustering looks ill, else None."""
     k = counts["num_clusters"]
     if k >= 10 and counts["largest_cluster"] > 0.5:
+        if method == "pic":
+            return (
+                f"one cluster holds {counts['largest_cluster']:.0%} of the images; lower clustering.sigma or "
+                "clustering.neighbours, or take another clustering.method"
+            )
         return (
             f"one cluster holds {counts['largest_cluster']:.0%} of the images: the features have collapsed; "
             "lower train.lr or add augmentation"

@@ -59,7 +59,7 @@ def main() -> None:
         "images_a_second": [round(len(images) / min(side)) for side in zip(*pairs, strict=True)],
     }
     one = row("7", median_ratio(pairs), 1.6, 3.0, quality)
-    finish([one | {"ok": one["ok"] and gap.max() <= 2}], arguments.json)
+    finish([one | {"ok": bool(one["ok"] and gap.max() <= 2)}], arguments.json)
 
 
 if __name__ == "__main__":

@@ -84,3 +84,9 @@ def test_the_verdict_names_the_illness_and_its_remedy(labels, num_clusters, says
         assert found is None
     else:
         assert re.search(says, found)
+
+
+def test_a_large_cluster_of_pic_is_no_fault_of_the_training():
+    labels = np.concatenate([np.zeros(600, int), np.arange(400) % 40])
+    said = {method: verdict(health(assignment(labels, 40)), 1000, method) for method in ("kmeans", "pic")}
+    assert "train.lr" in said["kmeans"] and "clustering.sigma" in said["pic"] and "train.lr" not in said["pic"]

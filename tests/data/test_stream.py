@@ -10,7 +10,7 @@ import pytest
 
 from raydc.clustering.sampling import SamplingPlan, uniform_plan
 from raydc.config import RunError
-from raydc.data import ingest, shards
+from raydc.data import shards
 from raydc.data.rows import HEAD_ROWS, RowIndex, head_rows, index_rows, plan_heads, read_rows
 from raydc.data.stream import PlanBoard, draw_rows, mixed, own_counts, plan_travel
 from raydc.launch import Remote, Shared
@@ -79,14 +79,20 @@ def test_a_stream_that_ends_within_a_batch_is_an_error():
         list(mixed(((i, 0, b"") for i in range(11)), 4, 2, 0))
 
 
-def test_rows_are_read_again_by_image_id(tmp_path):
-    ingest.make_shards("digits", str(tmp_path), use_ray=False, progress=False)
-    folder = Folder(str(tmp_path))
+@pytest.fixture(scope="module")
+def digits(digits_shards) -> tuple[Folder, RowIndex, dict[int, bytes]]:
+    """The shards, where their training rows are, and the encoded image of each image_id."""
+    folder = Folder(digits_shards)
     manifest = shards.open_manifest(folder)
     table = shards.read_columns(folder, manifest, "train", ["image_id", "image"])
     by_id = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    return folder, index_rows(folder, manifest, "train"), by_id
+
+
+def test_rows_are_read_again_by_image_id(digits):
+    folder, index, by_id = digits
     ids = np.array([700, 3, 1200, 4])
-    assert read_rows(folder, index_rows(folder, manifest, "train"), ids) == [by_id[i] for i in ids.tolist()]
+    assert read_rows(folder, index, ids) == [by_id[i] for i in ids.tolist()]
 
 
 def an_index(num: int, num_groups: int) -> RowIndex:
@@ -127,14 +133,9 @@ def test_a_small_set_has_a_small_head_or_none(num, num_groups, world_size):
     assert (taken > 0) == (num_groups == 300)
 
 
-def test_the_rows_of_a_head_are_its_images_own(tmp_path):
-    ingest.make_shards("digits", str(tmp_path), use_ray=False, progress=False)
-    folder = Folder(str(tmp_path))
-    manifest = shards.open_manifest(folder)
-    table = shards.read_columns(folder, manifest, "train", ["image_id", "image"])
-    by_id = dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
-    index = index_rows(folder, manifest, "train")
-    counts = np.random.default_rng(0).integers(0, 4, table.num_rows)
+def test_the_rows_of_a_head_are_its_images_own(digits):
+    folder, index, by_id = digits
+    counts = np.random.default_rng(0).integers(0, 4, len(by_id))
     (head,) = plan_heads(counts, index, 1, 64, seed=2)
     found = [row for part in head_rows(folder, index, head, counts) for row in part.to_pylist()]
     assert len(found) == head.draws.sum() > 0

@@ -12,7 +12,8 @@ from raydc.clustering.bank import FeatureBank
 from raydc.clustering.sharded import Shard, ShardedBank, bounds
 from raydc.config import Config, UsageError
 from raydc.data import stream
-from raydc.launch import Job, Remote, Shared
+from raydc.launch import Job
+from raydc.remote import Board, Remote, Shared
 from raydc.storage import Folder
 
 LOOPS = {"deepcluster": deepcluster.loop, "deepcluster_v2": deepcluster_v2.loop, "odc": odc.loop}
@@ -42,7 +43,7 @@ def pretrain(config: Config, callbacks=()) -> dict:
     job = Job(
         config=config,
         run_dir=folder,
-        board=Remote(launch.Board, local=local, num_cpus=0),
+        board=Remote(Board, local=local, num_cpus=0),
         streams=streams,
         bank=make_bank(config, streams.sizes["train"], local),
         extras={"labels": Shared(prepare.read_labels(data, manifest), local=local)},

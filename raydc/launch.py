@@ -100,33 +100,7 @@ def nodes() -> list[dict]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-class Shared:
-    """A value put into the object store once; each node keeps one copy that its workers read in place."""
-
-    def __init__(self, value: Any, *, local: bool) -> None:
-        self._value = value if local else None
-        self._refs = [] if local else [value if isinstance(value, ray.ObjectRef) else ray.put(value)]
-        self.key = "" if local else self._refs[0].hex()  # tells it from others, also in another process
-
-    def get(self) -> Any:
-        return ray.get(self._refs[0]) if self._refs else self._value
-
-
 # --- what workers say ---------------------------------------------------------------------------------------------------
-
-
-class Board:
-    """Messages on their way from workers to the driver's console."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, Any]] = []
-
-    def post(self, kind: str, value: Any) -> None:
-        self.messages.append((kind, value))
-
-    def take(self) -> list[tuple[str, Any]]:
-        taken, self.messages = self.messages, []
-        return taken
 
 
 class Console:

@@ -1,4 +1,5 @@
-"""One object that lives here or as a Ray actor. Beside Ray it loads nothing large: actors that speak with others load it."""
+"""One object that lives here or as a Ray actor, values that all processes read, and a board of messages. Beside Ray
+it loads nothing large: actors load it, and data processes."""
 
 from __future__ import annotations
 
@@ -66,3 +67,29 @@ class Remote:
             raise error.cause from None
         except ray.exceptions.RayActorError:
             raise CoverageError("the process that held it died, and what it held is lost") from None
+
+
+class Shared:
+    """A value put into the object store once; each node keeps one copy that its workers read in place."""
+
+    def __init__(self, value: Any, *, local: bool) -> None:
+        self._value = value if local else None
+        self._refs = [] if local else [value if isinstance(value, ray.ObjectRef) else ray.put(value)]
+        self.key = "" if local else self._refs[0].hex()  # tells it from others, also in another process
+
+    def get(self) -> Any:
+        return ray.get(self._refs[0]) if self._refs else self._value
+
+
+class Board:
+    """Messages on their way from workers to the driver's console."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, Any]] = []
+
+    def post(self, kind: str, value: Any) -> None:
+        self.messages.append((kind, value))
+
+    def take(self) -> list[tuple[str, Any]]:
+        taken, self.messages = self.messages, []
+        return taken

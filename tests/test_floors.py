@@ -28,7 +28,7 @@ UPPER = {
     "recipes",
 }
 UPPER |= {"benchmarks", "report"}
-UPPER_DATA = {"raydc.data.stream", "raydc.data.ingest"}
+UPPER_DATA = {"raydc.data.stream", "raydc.data.draws", "raydc.data.ingest"}
 LOWER = [one for one in MODULES if one.split(".")[1] not in UPPER and one not in UPPER_DATA]
 
 LOADED = """
@@ -62,6 +62,11 @@ def test_floors_nought_and_one_load_neither_ray_nor_faiss():
 
 def test_the_bank_loads_neither_engine():
     assert loaded("faiss,torch,ray", "raydc.clustering.bank") == {"raydc.clustering.bank": []}
+
+
+def test_what_actors_and_data_processes_load_is_light():
+    """Ray Data starts processes in each pass, and each would pay seconds for torch or Ray Train."""
+    assert loaded("faiss,torch,ray.train", "raydc.data.draws") == {"raydc.data.draws": []}
 
 
 def test_the_package_and_its_configuration_are_light():

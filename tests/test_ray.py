@@ -29,7 +29,8 @@ from raydc.clustering.diagnostics import nmi
 from raydc.clustering.whitening import l2
 from raydc.config import BankConfig, UsageError
 from raydc.data import stream
-from raydc.launch import Job, Remote, Shared
+from raydc.launch import Job
+from raydc.remote import Board, Remote, Shared
 from raydc.run import Run, collect
 from raydc.storage import Folder
 from raydc.training import Clock
@@ -51,7 +52,7 @@ def fit(loop, config, **extras):
     config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     labels = Shared(prepare.read_labels(data, manifest), local=local)
-    board, bank = Remote(launch.Board, local=local, num_cpus=0), family.make_bank(config, streams.sizes["train"], local)
+    board, bank = Remote(Board, local=local, num_cpus=0), family.make_bank(config, streams.sizes["train"], local)
     job = Job(config, run_dir, board, streams, bank, {"labels": labels} | extras, 0.0)
     return launch.fit(loop, job, num_workers=config.num_workers, use_gpu=False, max_failures=0)
 
@@ -148,7 +149,7 @@ def test_a_killed_worker_changes_nothing(two_workers, tmp_path, capsys):
     config = prepare.settle(config, None, run_dir, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=True, local=False)
     extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), "marker": str(tmp_path / "marker")}
-    board, bank = Remote(launch.Board, local=False, num_cpus=0), family.make_bank(config, 1437, False)
+    board, bank = Remote(Board, local=False, num_cpus=0), family.make_bank(config, 1437, False)
     job = Job(config, run_dir, board, streams, bank, extras, 0.0)
     result = launch.fit(deadly_loop, job, num_workers=2, use_gpu=False, max_failures=1)
     assert (tmp_path / "marker").exists()

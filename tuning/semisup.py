@@ -88,6 +88,7 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     if not todo:
         return stopped
     from raydc import launch
+    from raydc.remote import Shared
 
     launch.attach(max(os.cpu_count() or 1, sweep.cpus_per_trial, sweep.num_workers + launch.SPARE_CPUS), sweep.verbose)
     launch.check_resources(sweep.num_workers, sweep.folder)
@@ -106,7 +107,7 @@ def run(sweep: Sweep, candidate, data, ids) -> dict[str, str]:
     resources = {"CPU": 0.01} if sweep.num_workers else {"CPU": sweep.cpus_per_trial, "GPU": int(use_gpu)}
     print(f"{len(todo)} trials, {at_once} at once, on {'GPU' if use_gpu else 'CPU'}", flush=True)
     streams = shared_images(sweep, candidate, data, ids)
-    parts = tuple(launch.Shared(part, local=False) for part in (candidate, data, ids))
+    parts = tuple(Shared(part, local=False) for part in (candidate, data, ids))
     tuner = tune.Tuner(
         tune.with_resources(partial(train_point, sweep=sweep, parts=parts, streams=streams, use_gpu=use_gpu), resources),
         param_space={"point": tune.grid_search(todo)},
@@ -203,12 +204,13 @@ def lone_worker(use_gpu: bool):
     import torch
 
     from raydc import launch
+    from raydc.remote import Board, Remote
 
     class Alone(launch.Worker):
         def report(self, metrics: dict) -> None:
             """Tune is told of the looks at val, not of every commit."""
 
-    return Alone(launch.Remote(launch.Board, local=True), device=torch.device("cuda" if use_gpu else "cpu"))
+    return Alone(Remote(Board, local=True), device=torch.device("cuda" if use_gpu else "cpu"))
 
 
 def progress_callback():

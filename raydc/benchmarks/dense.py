@@ -33,9 +33,11 @@ from raydc.benchmarks.scorecard import SETS, Row
 from raydc.benchmarks.setting import Candidate, once
 from raydc.config import Config, ImagesConfig, RunError, TrainConfig, UsageError, check
 from raydc.data.decode import UnreadableImage, decode
-from raydc.data.stream import LosslessDataConfig, PlanBoard
-from raydc.launch import Job, Remote, Shared, Worker
+from raydc.data.draws import PlanBoard
+from raydc.data.stream import LosslessDataConfig
+from raydc.launch import Job, Worker
 from raydc.models.backbone import Backbone
+from raydc.remote import Board, Remote, Shared
 from raydc.seeding import derive, uniforms
 from raydc.storage import Folder
 from raydc.training import Clock, Compute
@@ -459,7 +461,7 @@ def _job(options: Dense, candidate: Candidate, problem: Problem, folder: Folder,
     shared = Shared(problem, local=local)
     streams = DenseStreams(config, shared, problem.num_test, schedule, board)
     extras = {"problem": shared, "candidate": Shared(candidate, local=local), "eval_every": options.eval_every}
-    return Job(config, folder, Remote(launch.Board, local=local, num_cpus=0), streams, None, extras, time.time())
+    return Job(config, folder, Remote(Board, local=local, num_cpus=0), streams, None, extras, time.time())
 
 
 def rows(

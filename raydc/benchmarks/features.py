@@ -35,6 +35,7 @@ from raydc.data.cache import cut, decoders
 from raydc.data.decode import UnreadableImage, decode
 from raydc.data.schema import Manifest
 from raydc.models.norm import adapt_statistics, folded
+from raydc.remote import Shared
 from raydc.storage import Folder
 
 # Kernel, stride and padding of the average pools at 224 pixels behind the 7x7 stem, and the grids they give (protocol 2).
@@ -108,7 +109,7 @@ def image_files(folder: Folder, name: str, paths: list[str]) -> ImageSet:
 class Extractor:
     """What runs on a worker: a table of (image_id, image or path) -> its features in a file of ``cache``."""
 
-    def __init__(self, candidate: launch.Shared, images: ImageSet, seen: View, taps: Taps, cache: Folder, train, device, of):
+    def __init__(self, candidate: Shared, images: ImageSet, seen: View, taps: Taps, cache: Folder, train, device, of):
         """``of``: how many there are; on a cluster of several nodes a node may have fewer, and CPUs to spare."""
         self.compute, threads = training.open_compute(train, device, of, deterministic=False)
         self.network = self.compute.prepare(Tapped(candidate.get(), taps))
@@ -204,7 +205,7 @@ def extract(setting: Setting, candidate: Candidate, images: ImageSet, taps: Taps
         print(f"features of {images.rows:,} {images.name} images: {cache.uri} has them", flush=True)
         return Extraction(cache, cache.read_json(INDEX), from_cache=True)
     began = time.perf_counter()
-    shared = launch.Shared(candidate, local=setting.num_workers == 0)
+    shared = Shared(candidate, local=setting.num_workers == 0)
     device = torch.device("cuda" if gpu else "cpu")
     arguments = (shared, images, seen, taps, cache, train, device, max(1, setting.num_workers))
     blocks = _extract_on_ray(setting, images, gpu, arguments) if setting.num_workers else _extract_here(images, arguments)

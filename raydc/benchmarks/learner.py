@@ -22,8 +22,9 @@ from raydc.clustering.sampling import SamplingPlan, plain_plan
 from raydc.config import Config, ImagesConfig, ModelConfig, RunError, TrainConfig, UsageError
 from raydc.data import shards, stream
 from raydc.data.schema import Manifest
-from raydc.launch import Job, Remote, Shared, Worker
+from raydc.launch import Job, Worker
 from raydc.models.norm import batchnorms, equalise_statistics
+from raydc.remote import Board, Remote, Shared
 from raydc.seeding import derive
 from raydc.storage import Folder
 from raydc.tracking import Journal
@@ -115,7 +116,7 @@ def open_job(
         only = None if share == 1 else ids
         streams = stream.open_streams(config, data.folder, data.manifest, cached=cached, local=local, only=only)
     extras = extras | {"ids": Shared(ids, local=local), "labels": Shared(data.labels, local=local)}
-    board = Remote(launch.Board, local=local, num_cpus=0)
+    board = Remote(Board, local=local, num_cpus=0)
     return Job(config, run_dir, board, streams, None, extras, time.time())
 
 

@@ -23,11 +23,12 @@ from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 from raydc.config import ImagesConfig, TrainConfig
 from raydc.data import transforms
-from raydc.launch import Job, Shared
+from raydc.launch import Job
 from raydc.models.backbone import Backbone
 from raydc.models.norm import folded
 from raydc.optim import learning_rate
 from raydc.probe import linear_top1
+from raydc.remote import Shared
 from raydc.seeding import derive
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "lighting": 0.1}

@@ -23,10 +23,11 @@ from raydc.benchmarks.scorecard import Row
 from raydc.benchmarks.setting import OFFICIAL_SIZE, Candidate, notes, once
 from raydc.config import ImagesConfig, TrainConfig, UsageError
 from raydc.data import shards
-from raydc.launch import Job, Shared, Worker
+from raydc.launch import Job, Worker
 from raydc.models.head import Classifier
 from raydc.optim import LR_SCALE
 from raydc.probe import pick_per_class
+from raydc.remote import Shared
 from raydc.seeding import derive
 
 SCHEDULE = TrainConfig(epochs=20, batch_size=256, schedule="step", milestones=(12, 16), gamma=0.2)

@@ -55,7 +55,7 @@ class SamplingPlan:
                 image_ids = np.flatnonzero(counts > draw)
                 yield image_ids + start, draw, counts[image_ids].astype(np.uint64)
         image_ids = np.flatnonzero(self.counts > MANY)
-        draws = _numbered(self.counts[image_ids] - MANY) + MANY
+        draws = numbered(self.counts[image_ids] - MANY) + MANY
         image_ids = np.repeat(image_ids, self.counts[image_ids] - MANY)
         yield image_ids, draws.astype(np.uint64), self.counts[image_ids].astype(np.uint64)
 
@@ -99,6 +99,13 @@ def cluster_weights(sizes_k: np.ndarray, power: float) -> np.ndarray:
     return (weights * (sizes.sum() / total if total else 1)).astype(np.float32)
 
 
+def numbered(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
+    numbers = np.arange(counts.sum(), dtype=counts.dtype)
+    numbers -= np.repeat(np.cumsum(counts, dtype=counts.dtype) - counts, counts)
+    return numbers
+
+
 def _share(total: int, clusters: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """``total`` split over ``clusters``; who gets one more is drawn anew each epoch."""
     quotas = np.zeros(num_clusters, np.int64)
@@ -139,10 +146,3 @@ def _field(keys: np.ndarray, low: int, width: int) -> np.ndarray:
 def _width(num: int) -> int:
     """Bits that the numbers below ``num`` take."""
     return int(num - 1).bit_length()
-
-
-def _numbered(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
-    numbers = np.arange(counts.sum(), dtype=counts.dtype)
-    numbers -= np.repeat(np.cumsum(counts, dtype=counts.dtype) - counts, counts)
-    return numbers

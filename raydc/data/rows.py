@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydc.clustering.sampling import numbered
 from raydc.data import shards
 from raydc.data.schema import Manifest
 from raydc.seeding import random_bits
@@ -134,6 +135,5 @@ def head_rows(folder: Folder, index: RowIndex, head: Head, counts: np.ndarray) -
         ids, taken = (column[end : end + len(images)] for column in (head.image_ids, head.draws))
         end += len(images)
         rows = np.repeat(np.arange(len(ids)), taken)
-        numbers = np.arange(len(rows)) - np.repeat(np.cumsum(taken) - taken, taken)
-        draws = counts[ids[rows]] - taken[rows] + numbers
+        draws = counts[ids[rows]] - taken[rows] + numbered(taken)
         yield pa.table({"image_id": ids[rows], "draw": draws, "image": images.take(pa.array(rows))})

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import threading
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,19 +28,17 @@ from raydc.config import Config, ImagesConfig, RunError
 from raydc.data import cache, rows, shards, transforms
 from raydc.data.cache import EXTRACT_BATCH, CachedImages, as_batch, cut, cut_into, empty_crops, views_of
 from raydc.data.decode import UnreadableImage, decode, image_size
-from raydc.data.rows import Head
+from raydc.data.draws import PlanBoard, current_travel, draw_rows, own_counts, plan_travel
 from raydc.data.schema import Manifest
-from raydc.launch import Remote, Shared, Worker
-from raydc.seeding import derive, uniforms
+from raydc.launch import Worker
+from raydc.remote import Remote, Shared
+from raydc.seeding import derive
 from raydc.storage import Folder
 from raydc.training import Prefetch
 
 PIECE = 8  # images that a decoding thread takes at once
 IN_FLIGHT = 2  # batches that are decoded while the one before them is waited for: no thread is idle at a batch's end
 BLOCK_BYTES = 16 << 20  # a smaller block reaches the first batch sooner than Ray Data's 128 MiB
-# Largest share of a global batch that one image may take where its draws leave the stream together; the draws of images
-# that are drawn more often travel with other rows, all over the epoch.
-TOGETHER = 0.02
 
 
 # --- driver side --------------------------------------------------------------------------------------------------------
@@ -151,11 +149,16 @@ def _read(folder: Folder, manifest: Manifest, split: str, shuffle: int | None = 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
+    # The second version of Ray Data's reader starts, in each pass, an actor that reads the files' footers and new processes
+    # beside it: seconds of every CPU. And a task for each file, not more: blocks that are split again stall the stream.
+    context.use_datasource_v2 = False
+    logging.getLogger("ray.data._internal.datasource.parquet_datasource").setLevel(logging.WARNING)  # sizes of its batches
     order = None
     if shuffle is not None:
         order = ray.data.FileShuffleConfig(seed=derive(shuffle, "files") % 2**31, reseed_after_execution=True)
     paths = shards.shard_paths(folder, manifest, split)
-    return ray.data.read_parquet(paths, columns=["image_id", "image"], filesystem=folder.fs, shuffle=order)
+    columns = ["image_id", "image"]
+    return ray.data.read_parquet(paths, columns=columns, filesystem=folder.fs, shuffle=order, override_num_blocks=len(paths))
 
 
 class LosslessDataConfig(ray.train.DataConfig):
@@ -172,97 +175,7 @@ class LosslessDataConfig(ray.train.DataConfig):
         return output
 
 
-# --- the plan, for data tasks -------------------------------------------------------------------------------------------
-
-
-class PlanBoard:
-    """Which plan the data tasks follow. The driver makes it, so that it outlives a worker group."""
-
-    def __init__(self) -> None:
-        self.key, self.refs = "", []
-
-    def publish(self, refs: list) -> None:
-        # No counter: a data process may serve another run, or a board that was restarted, and must not take their plan.
-        self.key, self.refs = uuid.uuid4().hex, refs
-
-    def current(self) -> tuple[str, list]:
-        return self.key, self.refs
-
-
-@dataclass(frozen=True, eq=False)
-class Travel:
-    """A plan as data tasks read it. Draws of images drawn often travel with another row, their carrier, picked by hash:
-    so they are spread over the epoch in whatever order rows come. A carrier itself need not be drawn.
-
-    counts: int32 (N,), draws that leave with their own row. carriers (sorted), image_ids, draws: the travelling ones.
-    hot_ids (sorted), hot_images: the encoded bytes of the images that travel.
-    """
-
-    counts: np.ndarray
-    carriers: np.ndarray
-    image_ids: np.ndarray
-    draws: np.ndarray
-    hot_ids: np.ndarray
-    hot_images: pa.Array
-    seed: int
-
-
-def own_counts(plan: SamplingPlan, batch_size: int) -> np.ndarray:
-    """Draws of each image that leave together, none of images that are drawn often (and more often than most)."""
-    mean = plan.num_draws // max(1, np.count_nonzero(plan.counts))
-    return np.where(plan.counts > max(int(TOGETHER * batch_size), 2 * mean), 0, plan.counts)
-
-
-def plan_travel(plan: SamplingPlan, batch_size: int, seed: int, hot_images, heads: Sequence[Head] = ()) -> Travel:
-    """Split a plan; ``hot_images(ids)`` gives the encoded images of the ids. Draws of the ``heads`` do not travel."""
-    counts = own_counts(plan, batch_size)
-    hot_ids = np.flatnonzero(plan.counts > counts)
-    image_ids = np.repeat(hot_ids, plan.counts[hot_ids])
-    first = np.cumsum(plan.counts[hot_ids]) - plan.counts[hot_ids]
-    draws = np.arange(len(image_ids)) - np.repeat(first, plan.counts[hot_ids])
-    carriers = (uniforms(derive(plan.seed, "carrier"), image_ids, draws)[:, 0] * len(plan.counts)).astype(np.int64)
-    order = np.argsort(carriers, kind="stable")
-    for head in heads:
-        counts[head.image_ids] -= head.draws
-    encoded = pa.array(hot_images(hot_ids), pa.large_binary())  # Arrow: read in place by every data process of a node
-    return Travel(counts, carriers[order], image_ids[order], draws[order], hot_ids, encoded, seed)
-
-
-_plan: dict = {}  # of this data process: the current plan, fetched once an epoch
-
-
-def current_travel(plans: Remote) -> Travel:
-    key, refs = plans.current()
-    if _plan.get("key") != key:
-        _plan.update(key=key, travel=refs[0].get())
-    return _plan["travel"]
-
-
-def draw_rows(table: pa.Table, plans: Remote) -> pa.Table:
-    """Rows (image_id, image) of a block -> one row (image_id, draw, image) for each draw that leaves here."""
-    travel = current_travel(plans)
-    ids = table["image_id"].to_numpy()
-    counts = travel.counts[ids]
-    rows = np.repeat(np.arange(len(ids)), counts)
-    first = np.cumsum(counts) - counts
-    own = pa.table(
-        {
-            "image_id": ids[rows],
-            "draw": np.arange(len(rows)) - np.repeat(first, counts),
-            "image": table["image"].take(pa.array(rows)).combine_chunks(),
-        }
-    )
-    start, stop = np.searchsorted(travel.carriers, ids, "left"), np.searchsorted(travel.carriers, ids, "right")
-    carried = np.concatenate([np.arange(a, b) for a, b in zip(start, stop, strict=True) if b > a] or [np.empty(0, int)])
-    where = np.searchsorted(travel.hot_ids, travel.image_ids[carried])
-    guests = pa.table(
-        {
-            "image_id": travel.image_ids[carried],
-            "draw": travel.draws[carried],
-            "image": travel.hot_images.take(pa.array(where)),
-        }
-    )
-    return pa.concat_tables([own, guests.cast(own.schema)])
+# --- decoding in data tasks ----------------------------------------------------------------------------------------------
 
 
 def cut_rows(table: pa.Table, config: ImagesConfig, plans: Remote | None) -> pa.Table:

@@ -24,9 +24,10 @@ from raydc import deepcluster, family, launch, prepare
 from raydc.clustering.kmeans import kmeans
 from raydc.config import Config
 from raydc.data import stream
-from raydc.launch import Job, Remote, Shared
+from raydc.launch import Job
 from raydc.models.norm import folded
 from raydc.recipes import cifar10_resnet18
+from raydc.remote import Board, Remote, Shared
 from raydc.run import Run
 from raydc.storage import Folder
 
@@ -90,7 +91,7 @@ def in_a_worker(loop: Callable, config: Config, **extras):
         streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=False)
         bank = family.make_bank(config, streams.sizes["train"], local=False)
         extras = {"labels": Shared(prepare.read_labels(data, manifest), local=False), **extras}
-        board = Remote(launch.Board, local=False, num_cpus=0)
+        board = Remote(Board, local=False, num_cpus=0)
         job = Job(config, run_dir, board, streams, bank, extras, time.time())
         return launch.fit(loop, job, num_workers=config.num_workers, use_gpu=False)
 

@@ -11,9 +11,10 @@ import pytest
 from raydc.clustering.sampling import SamplingPlan, uniform_plan
 from raydc.config import RunError
 from raydc.data import shards
+from raydc.data.draws import PlanBoard, draw_rows, own_counts, plan_travel
 from raydc.data.rows import HEAD_ROWS, RowIndex, head_rows, index_rows, plan_heads, read_rows
-from raydc.data.stream import PlanBoard, draw_rows, mixed, own_counts, plan_travel
-from raydc.launch import Remote, Shared
+from raydc.data.stream import mixed
+from raydc.remote import Remote, Shared
 from raydc.storage import Folder
 
 NUM, K, BATCH = 50_000, 390, 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from raydc.config import Config, UsageError
 from raydc.data import ingest, shards, stream
 from raydc.storage import Folder
 
-FREE_TO_CHANGE = ("num_workers", "run_dir", "data", "use_gpu", "max_failures", "verbose")
+FREE_TO_CHANGE = ("num_workers", "run_dir", "data", "use_gpu", "max_failures", "verbose")  # and train.threads
 
 
 def open_data(config: Config, run_dir: Folder):
@@ -50,7 +51,7 @@ def earlier(config: Config, run_dir: Folder) -> dict | None:
         asked = configs.from_dict(Config, written["config"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{run_dir.uri}/config.json is not one of a run; give another --run-dir") from None
-    others = configs.differences(config, dataclasses.replace(asked, **_free(config)))
+    others = configs.differences(config, _changed(asked, config))
     if others:
         raise UsageError(f"{run_dir.uri} belongs to another config: {'; '.join(others)}. Give another --run-dir")
     return written
@@ -89,16 +90,19 @@ def settle(config: Config, written: dict | None, run_dir: Folder, data: Folder, 
         facts = {"config": configs.to_dict(config), "chosen": configs.to_dict(chosen)}
         run_dir.write_json("config.json", facts | {"data_fingerprint": manifest.fingerprint, "versions": launch.versions()})
         return chosen
-    chosen = configs.from_dict(Config, written["chosen"])
-    if config.num_workers != written["config"]["num_workers"]:  # the one choice that hangs on their number
-        chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, threads=_threads(config)))
+    chosen, asked = configs.from_dict(Config, written["chosen"]), configs.from_dict(Config, written["config"])
+    same = (config.num_workers, config.train.threads) == (asked.num_workers, asked.train.threads)
+    threads = chosen.train.threads if same else _threads(config)
     use_gpu = _yes(launch.choose_gpu(config.use_gpu, config.num_workers))
-    return dataclasses.replace(chosen, **_free(config) | {"use_gpu": use_gpu})
+    return dataclasses.replace(
+        _changed(chosen, config), use_gpu=use_gpu, train=dataclasses.replace(chosen.train, threads=threads)
+    )
 
 
-def _free(config: Config) -> dict:
-    """The fields that a later start may change, as they are now."""
-    return {name: getattr(config, name) for name in FREE_TO_CHANGE}
+def _changed(written: Config, now: Config) -> Config:
+    """An earlier start's config with the fields that a later one may change, as they are now."""
+    train = dataclasses.replace(written.train, threads=now.train.threads)
+    return dataclasses.replace(written, train=train, **{name: getattr(now, name) for name in FREE_TO_CHANGE})
 
 
 def choose(config: Config, data: Folder, manifest) -> Config:
@@ -149,4 +153,10 @@ def headline(config: Config, streams, run_dir: Folder) -> str:
     )
     if k < 10 and config.clustering.method != "pic":
         text += f"\nnote: {k} clusters are few; try --clustering.num-clusters {max(10, num_images // 10)}"
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if config.use_gpu != "yes" and config.train.threads > 1 and load >= cpus:
+        text += (
+            f"\nnote: this machine is busy (load {load:.1f} on {cpus} CPUs), and threads that wait for each other are then "
+            "many times slower; the same command with --train.threads 1 goes on from here and may be faster"
+        )
     return text

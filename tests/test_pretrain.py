@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 from tiny import assignments
 
-from raydc import RECIPES, Config, Folder, launch, load_backbone, make_shards
+from raydc import RECIPES, Config, Folder, launch, load_backbone, make_shards, prepare
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "pretrain.py"
 TINY = "--num-workers 0 --train.batch-size 128 --train.plan-length 1 --train.threads 1 --model.width 4 --model.stem-stride 2"
@@ -184,6 +185,24 @@ def test_a_run_directory_of_another_recipe_is_refused_before_anything_is_written
     assert job("--run-dir", str(run_dir), "--seed", "7") == 2
     assert "belongs to another config" in capsys.readouterr().err
     assert sorted(run_dir.rglob("*")) == before
+
+
+def test_a_run_goes_on_with_other_threads(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "result.json").unlink()
+    two = ["--train.epochs", "2", "--train.schedule-epochs", "2"]
+    assert job("--run-dir", str(run_dir), *two, "--train.threads", "2") == 0
+    assert (run_dir / "result.json").exists()
+
+
+def test_a_busy_machine_is_named_with_the_remedy(monkeypatch, tmp_path):
+    config = dataclasses.replace(RECIPES["digits"](), use_gpu="no")
+    streams = SimpleNamespace(sizes={"train": 1437}, cached=True)
+    for load, threads, told in ((1e6, 2, True), (0.0, 2, False), (1e6, 1, False)):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+        one = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
+        assert ("--train.threads 1" in prepare.headline(one, streams, Folder(str(tmp_path)))) == told
 
 
 def test_a_start_removes_what_a_kill_left_half_written(tmp_path):

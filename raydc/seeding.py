@@ -13,7 +13,7 @@ import numpy as np
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-BLOCK = 1 << 14  # numbers made at once: they stay in a core's cache from step to step
+BLOCK = 1 << 15  # numbers made at once: they stay in a core's cache from step to step
 
 
 def derive(seed: int, *purpose: int | str) -> int:

@@ -9,11 +9,11 @@ from raydc.clustering.assignment import Assignment
 
 def nmi(a: np.ndarray, b: np.ndarray) -> float | None:
     """Normalised mutual information, geometric mean (paper section 4.1); rows where either is negative are left out."""
-    known = (a >= 0) & (b >= 0)
-    if not known.any():
-        return None
-    if not known.all():
+    if min(a.min(initial=0), b.min(initial=0)) < 0:
+        known = (a >= 0) & (b >= 0)
         a, b = a[known], b[known]
+    if not len(a):
+        return None
     sizes_a, sizes_b = np.bincount(a), np.bincount(b)
     parts = (sizes_a > 0).sum(), (sizes_b > 0).sum()
     if min(parts) == 1:

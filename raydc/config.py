@@ -272,7 +272,7 @@ class TrainConfig:
     channels_last: Literal["auto", "yes", "no"] = "auto"
     """Memory layout of images and convolutions; auto: yes."""
     threads: int = 0
-    """CPU threads of a worker; 0: the node's CPUs shared by its workers."""
+    """CPU threads of a worker; 0: the node's CPUs shared by its workers. May change in a run that was begun."""
     compile: bool = False
     """torch.compile the network."""
 

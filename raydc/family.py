@@ -25,7 +25,7 @@ def pretrain(config: Config, callbacks=()) -> dict:
     UsageError for what the user can mend (data, resources, a run directory of another config), RunError for a run that
     cannot go on.
     """
-    began = time.time()
+    began, busy = time.time(), prepare.others_are_busy()
     local = config.num_workers == 0
     folder = run_dir(config)
     written = prepare.earlier(config, folder)
@@ -37,7 +37,7 @@ def pretrain(config: Config, callbacks=()) -> dict:
         return folder.read_json("result.json")
     if not local:  # not before all that can be said without Ray, which takes seconds to start
         launch.attach(config.num_workers + launch.SPARE_CPUS, config.verbose)
-        launch.check_resources(config.num_workers, folder)
+        launch.check_resources(config.num_workers, folder, data)
     config = prepare.settle(config, written, folder, data, manifest)
     streams = stream.open_streams(config, data, manifest, cached=config.images.cache == "yes", local=local)
     job = Job(
@@ -49,7 +49,7 @@ def pretrain(config: Config, callbacks=()) -> dict:
         extras={"labels": Shared(prepare.read_labels(data, manifest), local=local)},
         began=began,
     )
-    print(prepare.headline(config, streams, folder), flush=True)
+    print(prepare.headline(config, streams, folder, busy), flush=True)
     result = launch.fit(
         LOOPS[config.algorithm],
         job,

@@ -79,7 +79,7 @@ def choose_gpu(asked: str, num_workers: int) -> bool:
     return asked != "no" and available >= max(1, num_workers)
 
 
-def check_resources(num_workers: int, run_dir: Folder) -> None:
+def check_resources(num_workers: int, run_dir: Folder, data: Folder | None = None) -> None:
     """Say at once what is missing, instead of waiting for it."""
     need, have = num_workers + SPARE_CPUS, int(ray.cluster_resources().get("CPU", 0))
     if have < need:
@@ -88,11 +88,14 @@ def check_resources(num_workers: int, run_dir: Folder) -> None:
             "lower --num-workers or add nodes"
         )
     num_nodes = len(nodes())
-    if num_nodes > 1 and run_dir.is_local and not os.environ.get("RAYDC_SHARED_RUN_DIR"):
-        raise UsageError(
-            f"the cluster has {num_nodes} nodes and --run-dir {run_dir.uri} is a path of one of them; give an s3:// or "
-            "gs:// URI, or set RAYDC_SHARED_RUN_DIR=1 if every node mounts that path"
-        )
+    if num_nodes == 1 or os.environ.get("RAYDC_SHARED_RUN_DIR"):
+        return
+    for flag, folder in (("--run-dir", run_dir), ("--data", data)):
+        if folder is not None and folder.is_local:
+            raise UsageError(
+                f"the cluster has {num_nodes} nodes and {flag} {folder.uri} is a path of one of them; give an s3:// or "
+                "gs:// URI, or set RAYDC_SHARED_RUN_DIR=1 if every node mounts that path"
+            )
 
 
 def nodes() -> list[dict]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +16,8 @@ from raydc.config import Config, UsageError
 from raydc.data import ingest, shards, stream
 from raydc.storage import Folder
 
-FREE_TO_CHANGE = ("num_workers", "run_dir", "data", "use_gpu", "max_failures", "verbose")  # and train.threads
+FREE_TO_CHANGE = ("num_workers", "run_dir", "data", "use_gpu", "max_failures", "verbose")
+FREE_IN_TRAIN = ("threads",)
 
 
 def open_data(config: Config, run_dir: Folder):
@@ -101,7 +104,7 @@ def settle(config: Config, written: dict | None, run_dir: Folder, data: Folder, 
 
 def _changed(written: Config, now: Config) -> Config:
     """An earlier start's config with the fields that a later one may change, as they are now."""
-    train = dataclasses.replace(written.train, threads=now.train.threads)
+    train = dataclasses.replace(written.train, **{name: getattr(now.train, name) for name in FREE_IN_TRAIN})
     return dataclasses.replace(written, train=train, **{name: getattr(now, name) for name in FREE_TO_CHANGE})
 
 
@@ -140,7 +143,19 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def headline(config: Config, streams, run_dir: Folder) -> str:
+def others_are_busy(loadavg: Path = Path("/proc/loadavg")) -> bool:
+    """Whether other work wants all CPUs, over the last minute and right now; to be asked before ours begins. False where
+    that cannot be told (another system than Linux, CPUs of which this process may use only some)."""
+    with contextlib.suppress(OSError, ValueError):
+        load, _, _, running, _ = loadavg.read_text().split()
+        cpus = os.cpu_count() or 1
+        now = int(running.split("/")[0]) - 1  # less this process
+        return len(os.sched_getaffinity(0)) == cpus and float(load) >= cpus and now >= 1
+    return False
+
+
+def headline(config: Config, streams, run_dir: Folder, busy: bool = False) -> str:
+    """``busy``: what ``others_are_busy`` said."""
     held = f", {streams.sizes['val']:,} held out" if "val" in streams.sizes else ""
     how = "cached" if streams.cached is not None else f"streamed, decoded in {config.images.decode}"
     workers = f"{config.num_workers} worker{'s' * (config.num_workers != 1)}" if config.num_workers else "in this process"
@@ -153,10 +168,9 @@ def headline(config: Config, streams, run_dir: Folder) -> str:
     )
     if k < 10 and config.clustering.method != "pic":
         text += f"\nnote: {k} clusters are few; try --clustering.num-clusters {max(10, num_images // 10)}"
-    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if config.use_gpu != "yes" and config.train.threads > 1 and load >= cpus:
+    if busy and config.use_gpu != "yes" and config.train.threads > 1 and streams.cached is not None:
         text += (
-            f"\nnote: this machine is busy (load {load:.1f} on {cpus} CPUs), and threads that wait for each other are then "
-            "many times slower; the same command with --train.threads 1 goes on from here and may be faster"
+            "\nnote: other work keeps this machine's CPUs busy, and threads that wait for each other are then many times "
+            "slower; the same command with --train.threads 1 goes on from here and may be faster"
         )
     return text

@@ -46,11 +46,11 @@ class Run:
         self.folder, self.bank = job.run_dir, job.bank
         use_gpu = self.config.use_gpu == "yes"
         self.worker = Worker.here(job.board, use_gpu)
-        self.compute, threads = training.open_compute(
+        self.compute, self.threads = training.open_compute(
             self.config.train, self.worker.device, self.worker.local_world_size, deterministic=self.config.deterministic
         )
         self.sizes: dict[str, int] = job.streams.sizes
-        self.images = job.streams.open(self.worker, threads)
+        self.images = job.streams.open(self.worker, self.threads)
         self.streamed = job.streams.cached is None
         backbone = build_backbone(self.config.model, derive(self.config.seed, "backbone"))
         with torch.random.fork_rng(devices=[]):
@@ -92,8 +92,9 @@ class Run:
         if not self.worker.is_first:
             return
         self.journal.rewind(self.first_epoch, keep=None if committed else ("start",))
-        workers = self.journal.last("start", "num_workers")
-        self.log(self.first_epoch, "start", seconds=round(time.time() - job.began, 2), num_workers=self.worker.world_size)
+        workers, threads = (self.journal.last("start", name) for name in ("num_workers", "threads"))
+        now = {"num_workers": self.worker.world_size, "threads": self.threads}
+        self.log(self.first_epoch, "start", seconds=round(time.time() - job.began, 2), **now)
         if self.first_epoch > 0 or committed:
             where = "train, with the labels it had" if committed else "extract"
             if self.first_epoch == self.config.train.epochs:
@@ -102,6 +103,9 @@ class Run:
         if workers not in (None, self.worker.world_size):
             now = f"{workers} workers before, {self.worker.world_size} now"
             self.worker.say(f"{now}: BatchNorm sees batches of another size, so later epochs differ from an unbroken run's")
+        elif threads not in (None, self.threads):
+            now = f"{threads} threads before, {self.threads} now"
+            self.worker.say(f"{now}: sums are rounded in another order, so later epochs may differ from an unbroken run's")
 
     def committed_assignment(self, epoch: int) -> Assignment | None:
         """The clustering that an earlier start committed for these very weights; the same answer on all ranks.

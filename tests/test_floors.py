@@ -65,7 +65,7 @@ def test_the_bank_loads_neither_engine():
 
 
 def test_what_actors_and_data_processes_load_is_light():
-    """Ray Data starts processes in each pass, and each would pay seconds for torch or Ray Train."""
+    """Each of these processes would pay seconds for torch or Ray Train."""
     assert loaded("faiss,torch,ray.train", "raydc.data.draws") == {"raydc.data.draws": []}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ import safetensors.torch
 import torch
 from tiny import assignments
 
-from raydc import RECIPES, Config, Folder, launch, load_backbone, make_shards, prepare
+from raydc import RECIPES, Config, Folder, UsageError, launch, load_backbone, make_shards, prepare
+from raydc import config as configs
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "pretrain.py"
 TINY = "--num-workers 0 --train.batch-size 128 --train.plan-length 1 --train.threads 1 --model.width 4 --model.stem-stride 2"
@@ -187,22 +189,60 @@ def test_a_run_directory_of_another_recipe_is_refused_before_anything_is_written
     assert sorted(run_dir.rglob("*")) == before
 
 
-def test_a_run_goes_on_with_other_threads(finished, tmp_path):
+def test_a_run_goes_on_with_other_threads_and_says_so(finished, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     (run_dir / "result.json").unlink()
     two = ["--train.epochs", "2", "--train.schedule-epochs", "2"]
     assert job("--run-dir", str(run_dir), *two, "--train.threads", "2") == 0
+    assert "1 threads before, 2 now" in capsys.readouterr().out
     assert (run_dir / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "threads"), [(0, 0, 3), (5, 5, 5), (5, 2, 2), (5, 0, len(os.sched_getaffinity(0))), (0, 7, 7)]
+)
+def test_threads_are_chosen_once_until_others_are_asked_for(tmp_path, before, now, threads):
+    """``before`` was asked for by the first start, which was of a machine of three CPUs."""
+    config = dataclasses.replace(RECIPES["digits"](), num_workers=0, use_gpu="no")
+    first, later = (
+        dataclasses.replace(config, train=dataclasses.replace(config.train, threads=asked)) for asked in (before, now)
+    )
+    precise = dataclasses.replace(first.train, threads=before or 3, precision="fp32", channels_last="no")
+    chosen = dataclasses.replace(first, train=precise)
+    written = {"config": configs.to_dict(first), "chosen": configs.to_dict(chosen)}
+    found = prepare.settle(later, written, Folder(str(tmp_path)), None, None)
+    assert found.train == dataclasses.replace(precise, threads=threads)
+
+
 def test_a_busy_machine_is_named_with_the_remedy(monkeypatch, tmp_path):
+    loadavg = tmp_path / "loadavg"
+    every, cpus = os.sched_getaffinity(0), os.cpu_count()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    told = {f"{cpus}.00 1.0 1.0 2/99 1": True, f"{cpus}.00 1.0 1.0 1/99 1": False, "0.10 1.0 1.0 2/99 1": False, "?": False}
+    for line, busy in told.items():
+        loadavg.write_text(line)
+        assert prepare.others_are_busy(loadavg) == busy
+    assert not prepare.others_are_busy(tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: every - {min(every)})
+    loadavg.write_text(f"{cpus}.00 1.0 1.0 2/99 1")
+    assert not prepare.others_are_busy(loadavg)
     config = dataclasses.replace(RECIPES["digits"](), use_gpu="no")
-    streams = SimpleNamespace(sizes={"train": 1437}, cached=True)
-    for load, threads, told in ((1e6, 2, True), (0.0, 2, False), (1e6, 1, False)):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, load, load))
+    for threads, cached, busy in ((2, True, True), (1, True, False), (2, None, False)):
         one = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
-        assert ("--train.threads 1" in prepare.headline(one, streams, Folder(str(tmp_path)))) == told
+        streams = SimpleNamespace(sizes={"train": 1437}, cached=cached)
+        assert ("--train.threads 1" in prepare.headline(one, streams, Folder(str(tmp_path)), busy=True)) == busy
+
+
+@pytest.mark.parametrize(("flag", "run_dir", "data"), [("--run-dir", "/runs", "/data"), ("--data", "mock:///runs", "/data")])
+def test_a_path_of_one_node_is_refused_on_several(monkeypatch, flag, run_dir, data):
+    monkeypatch.setattr(launch, "nodes", lambda: [{}, {}])
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 64})
+    monkeypatch.delenv("RAYDC_SHARED_RUN_DIR", raising=False)
+    with pytest.raises(UsageError, match=f"2 nodes and {flag} "):
+        launch.check_resources(2, Folder(run_dir), Folder(data))
+    monkeypatch.setenv("RAYDC_SHARED_RUN_DIR", "1")
+    launch.check_resources(2, Folder(run_dir), Folder(data))
 
 
 def test_a_start_removes_what_a_kill_left_half_written(tmp_path):

@@ -9,6 +9,8 @@ from raydc.clustering.assignment import Assignment
 
 def nmi(a: np.ndarray, b: np.ndarray) -> float | None:
     """Normalised mutual information, geometric mean (paper section 4.1); rows where either is negative are left out."""
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} labels cannot be compared with {len(b)}")
     if min(a.min(initial=0), b.min(initial=0)) < 0:
         known = (a >= 0) & (b >= 0)
         a, b = a[known], b[known]

@@ -1,7 +1,6 @@
 """The draws of a plan as rows of a stream: what data tasks do to a block.
 
-Every data process loads this room, and Ray Data starts processes in each pass: torch or Ray Train here would cost each of
-them seconds.
+The data processes of a training pass load this room: torch or Ray Train here would cost each of them seconds.
 """
 
 from __future__ import annotations

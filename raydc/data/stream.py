@@ -38,6 +38,7 @@ from raydc.training import Prefetch
 
 PIECE = 8  # images that a decoding thread takes at once
 IN_FLIGHT = 2  # batches that are decoded while the one before them is waited for: no thread is idle at a batch's end
+TASK_BYTES = 32 << 20  # of small files that one task reads; no file is parted
 BLOCK_BYTES = 16 << 20  # a smaller block reaches the first batch sooner than Ray Data's 128 MiB
 
 
@@ -146,19 +147,24 @@ def _decode_all(config: Config, folder: Folder, manifest: Manifest, splits: list
 
 
 def _read(folder: Folder, manifest: Manifest, split: str, shuffle: int | None = None):
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()  # the process's own stays as it is
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     # The second version of Ray Data's reader starts, in each pass, an actor that reads the files' footers and new processes
-    # beside it: seconds of every CPU. And a task for each file, not more: blocks that are split again stall the stream.
+    # beside it: seconds of every CPU. And never more tasks than files: blocks that are split again stall the stream.
     context.use_datasource_v2 = False
-    logging.getLogger("ray.data._internal.datasource.parquet_datasource").setLevel(logging.WARNING)  # sizes of its batches
+    files = manifest.splits[split].files
+    tasks = min(len(files), -(-sum(file.bytes for file in files) // TASK_BYTES))
     order = None
     if shuffle is not None:
         order = ray.data.FileShuffleConfig(seed=derive(shuffle, "files") % 2**31, reseed_after_execution=True)
-    paths = shards.shard_paths(folder, manifest, split)
-    columns = ["image_id", "image"]
-    return ray.data.read_parquet(paths, columns=columns, filesystem=folder.fs, shuffle=order, override_num_blocks=len(paths))
+    options = {"columns": ["image_id", "image"], "filesystem": folder.fs, "shuffle": order, "override_num_blocks": tasks}
+    logging.getLogger("ray.data._internal.datasource.parquet_datasource").setLevel(logging.WARNING)  # sizes of its batches
+    with ray.data.DataContext.current(context):
+        try:
+            return ray.data.read_parquet(shards.shard_paths(folder, manifest, split), **options)
+        except ray.exceptions.RayTaskError as error:
+            raise RunError(f"the shards in {folder.uri} cannot be read: {str(error).strip().splitlines()[-1]}") from None
 
 
 class LosslessDataConfig(ray.train.DataConfig):
@@ -185,8 +191,8 @@ def cut_rows(table: pa.Table, config: ImagesConfig, plans: Remote | None) -> pa.
 
 def cut_table(table: pa.Table, config: ImagesConfig, seed: int | None) -> pa.Table:
     """The same for training crops of a seed or, without one, for central ones."""
-    ids, images = table["image_id"].to_numpy(), [_try_decode(data) for data in table["image"].to_pylist()]
-    heights, widths = _sizes(images)
+    ids, payload = table["image_id"].to_numpy(), table["image"].to_pylist()
+    heights, widths = sizes_of(payload)
     if seed is None:
         boxes, flips, columns = transforms.centre_boxes(config, heights, widths), np.zeros(len(ids), bool), {}
     else:
@@ -195,7 +201,7 @@ def cut_table(table: pa.Table, config: ImagesConfig, seed: int | None) -> pa.Tab
         boxes, flips, columns = drawn.box, drawn.flip, {"draw": draws}
     crops = [
         None if image is None else cut([image], box[None], [flip], config.size, _Inline).numpy().tobytes()
-        for image, box, flip in zip(images, boxes, flips, strict=True)
+        for image, box, flip in zip(map(_try_decode, payload), boxes, flips, strict=True)
     ]
     return pa.table({"image_id": ids, **columns, "crop": pa.array(crops, pa.binary())})
 
@@ -209,12 +215,6 @@ def _try_decode(data: bytes) -> np.ndarray | None:
         return decode(data)
     except UnreadableImage:
         return None
-
-
-def _sizes(images: list) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, int64; 1 for an image that is None."""
-    shapes = np.array([(1, 1) if image is None else image.shape[:2] for image in images], np.int64).reshape(-1, 2)
-    return shapes[:, 0], shapes[:, 1]
 
 
 # --- worker side --------------------------------------------------------------------------------------------------------

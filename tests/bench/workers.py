@@ -31,7 +31,7 @@ from raydc.recipes import cifar10_resnet18
 from raydc.run import Run
 from raydc.training import choose_precision, open_compute
 
-WORKERS, STEPS = 2, 40
+WORKERS, STEPS = 2, 20
 
 
 def settings():
